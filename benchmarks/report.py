@@ -1,0 +1,292 @@
+"""What studies leave in results/: NAME.json, and the table and plots NAME* that are made from it alone."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.studies import METHODS, Paper, Study
+from tokenprune_jax import metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'transformers', 'numpy')
+NOT_RUN = 'not run yet'
+COLOURS = {
+  'dense': '#333840', 'p': '#b8860b', 'pf': '#4477aa', 'pf_complement': '#66ccee', 'c_late': '#aa3377',
+  'pfc_late': '#228833', 'pfc_early': '#ee6677',
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- JSON
+def header(command: str) -> dict[str, Any]:
+  """How a result came about: command, commit, machine, versions."""
+  return {'command': command, 'commit': commit(), 'machine': machine(), 'versions': versions()}
+
+
+def commit() -> str | None:
+  """The commit that is checked out, '+' where files of it were changed since; None outside a repository."""
+  git = ['git', '-C', str(ROOT)]
+  found = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True)
+  if found.returncode:
+    return None
+  source = [
+    'tokenprune_jax',
+    'configs',
+    'main.py',
+  ]  # what a number depends on; results/ changes while a study runs
+  changed = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', *source], capture_output=True)
+  return found.stdout.strip() + ('+' if changed.returncode else '')
+
+
+def machine() -> dict[str, Any]:
+  """Processor, cores this process may use, memory in GiB and system."""
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
+  return {'cpu': processor(), 'cores': cores(), 'memory_gib': round(memory, 1), 'system': platform.platform()}
+
+
+def processor() -> str:
+  """The processor's name."""
+  listing = pathlib.Path('/proc/cpuinfo')  # Linux; elsewhere platform knows
+  names = (
+    [line for line in listing.read_text().splitlines() if line.startswith('model name')]
+    if listing.exists()
+    else []
+  )
+  return names[0].partition(':')[2].strip() if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+  """Cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+  """Python and the packages that numbers depend on."""
+  found = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {'python': platform.python_version(), **found}
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """A result file; an empty one where there is none."""
+  return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {'rows': []}
+
+
+# ------------------------------------------------------------------------------------------------ Correctness
+def correctness(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Which documents a run got right, short enough for a result file, and a digest of the test set.
+
+  Returns {'examples', 'correct' (hex digits, a bit a document in the split's order), 'split_digest' (of the
+  labels)}.
+  """
+  labels = np.array([record['label'] for record in records])
+  right = labels == np.array([record['prediction'] for record in records])
+  digest = f'{zlib.crc32(labels.astype("<i4").tobytes()):08x}'
+  return {'examples': len(records), 'correct': np.packbits(right).tobytes().hex(), 'split_digest': digest}
+
+
+def right(row: Mapping[str, Any]) -> np.ndarray:
+  """[N] bool of `correctness`."""
+  bits = np.unpackbits(np.frombuffer(bytes.fromhex(row['correct']), np.uint8))
+  return bits[: row['examples']].astype(bool)
+
+
+def difference(
+  rows: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]
+) -> metrics.Difference | None:
+  """Paired bootstrap of rows against dense rows of the same seeds and documents; None without a pair."""
+  by_seed = {row['seed']: row for row in dense}
+  pairs = [(row, by_seed[row['seed']]) for row in rows if row['seed'] in by_seed]
+  if not pairs:
+    return None
+  digests = {row['split_digest'] for pair in pairs for row in pair}
+  if len(digests) > 1:
+    raise SystemExit(
+      f'error: the runs were tested on different documents (digests {", ".join(sorted(digests))}); '
+      'their difference means nothing. Run them again with one data setting.'
+    )
+  return metrics.paired_bootstrap(*(np.stack([right(pair[i]) for pair in pairs]) for i in (0, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------- Summary
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """One dict a name, in the rows' order: means over the seeds that ran, as shares; None where none did."""
+  found = []
+  for name in dict.fromkeys(row['name'] for row in rows):
+    ran = [row for row in rows if row['name'] == name and row['metrics']]
+    dense = [row for row in rows if row['name'] == 'dense' and row['metrics']]
+    gain = difference(ran, dense) if name != 'dense' else None
+    found.append({
+      'name': name,
+      'seeds': [row['seed'] for row in ran],
+      **{metric: mean_std([row['metrics'][metric] for row in ran])
+         for metric in ('accuracy', 'macro_f1', 'macro_f1_batch16')},
+      'difference': gain and {**gain._asdict(), 'no_worse': gain.no_worse},
+      'keep_ratio': mean([row['keep_ratio'] for row in ran]),
+      'mac_ratio': mean([row['mac_ratio'] for row in ran]),
+      'time_ratio': mean([row['time_ratio'] for row in ran]),
+    })  # fmt: skip
+  return found
+
+
+def mean_std(values: Sequence[float]) -> dict[str, float | None] | None:
+  """{'mean', 'std'} over seeds; None where nothing ran."""
+  return dict(zip(('mean', 'std'), metrics.mean_and_std(values))) if values else None
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+  """Mean of the values that were measured."""
+  known = [value for value in values if value is not None]
+  return float(np.mean(known)) if known else None
+
+
+# ------------------------------------------------------------------------------------------------------ Table
+def percent(value: Mapping[str, float | None] | None) -> str:
+  """mean ± std in percent."""
+  if value is None:
+    return '–'
+  return f'{100 * value["mean"]:.1f}' + (f' ± {100 * value["std"]:.1f}' if value['std'] is not None else '')
+
+
+def number(value: float | None) -> str:
+  """Two decimals, or a dash for what was not measured."""
+  return '–' if value is None else f'{value:.2f}'
+
+
+def points(gain: Mapping[str, Any] | None) -> str:
+  """A difference in points with its interval."""
+  return f'{100 * gain["mean"]:+.2f} [{100 * gain["low"]:+.2f}, {100 * gain["high"]:+.2f}]' if gain else '–'
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+  """Markdown; the first line is the head, and all columns but the first are aligned right."""
+  head, *body = (' | '.join(line) for line in lines)
+  rule = ' | '.join(['---'] + ['---:'] * (len(lines[0]) - 1))
+  return '\n'.join(f'| {line} |' for line in (head, rule, *body)) + '\n'
+
+
+def origin(document: Mapping[str, Any]) -> str:
+  """One paragraph: where the numbers come from."""
+  at = document['machine']
+  packages = ', '.join(f'{name} {version}' for name, version in document['versions'].items())
+  return (
+    f'Made by `{document["command"]}` at commit {(document["commit"] or "none")[:12]}, on {at["cpu"]}, '
+    f'{at["cores"]} cores, {at["memory_gib"]} GiB; {packages}.\n'
+  )
+
+
+def not_run(rows: Sequence[Mapping[str, Any]]) -> str:
+  """What the table does not show, with the reason."""
+  missing = [f'- {row["name"]}, seed {row["seed"]}: {row["reason"]}' for row in rows if not row['metrics']]
+  return '\nRows without a number:\n\n' + '\n'.join(missing) + '\n' if missing else ''
+
+
+def accuracy_table(summary: Sequence[Mapping[str, Any]], paper: Mapping[str, Paper]) -> str:
+  """The study's table, ours beside the paper's."""
+  head = ['', 'seeds', 'accuracy', 'macro F1', 'batch F1', 'accuracy − dense [95%]', 'no worse']
+  lines = [head + ['keys kept', 'MACs', 'paper: accuracy', 'paper: batch F1']]
+  for row in summary:
+    gain, theirs = row['difference'], paper.get(row['name'])
+    lines.append([
+      METHODS[row['name']][1], str(len(row['seeds'])),
+      *(percent(row[metric]) for metric in ('accuracy', 'macro_f1', 'macro_f1_batch16')),
+      points(gain), ('yes' if gain['no_worse'] else 'no') if gain else '–',
+      number(row['keep_ratio']), number(row['mac_ratio']),
+      *((f'{value:.1f}' for value in theirs) if theirs else ('–', '–')),
+    ])  # fmt: skip
+  return table(lines)
+
+
+def accuracy_page(name: str, study: Study, document: Mapping[str, Any]) -> str:
+  """results/NAME.md."""
+  return f"""# {study.title}
+
+{study.setting}
+
+{accuracy_table(document['summary'], study.paper)} Mean ± standard deviation over seeds, in percent. Batch F1: macro F1 of batches of 16, averaged, as in the paper. `accuracy
+− dense` is in points, with the 95% interval of the paired bootstrap over test documents and seeds; "no worse"
+means that all of it lies above −0.5. Keys kept: share of the tokens that a head still attends to, mean over
+layers. MACs: share of dense, at each document's real length. The paper's figures are of BERT-base at 512
+tokens with all training data: they show what to expect, not what to match. {not_run(document['rows'])}
+![Accuracy against multiply-adds]({name}_accuracy.png) ![Keys kept by layer]({name}_keep.png)
+
+{origin(document)}"""
+
+
+# ------------------------------------------------------------------------------------------------------ Plots
+def figure(width: float = 9.2, height: float = 5.2) -> tuple[Any, Any]:
+  """A figure and its axes in the style of all plots."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  canvas = FigureCanvasAgg(Figure(figsize=(width, height), dpi=110, layout='constrained', facecolor='white'))
+  axes = canvas.figure.add_subplot()
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.spines[['left', 'bottom']].set_color('#9aa0aa')
+  axes.grid(color='#e7e9ed', linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.tick_params(colors='#555b66', labelsize=10)
+  return canvas.figure, axes
+
+
+def titled(axes: Any, title: str, x: str, y: str) -> None:
+  """Title and axis labels."""
+  axes.set_title(title, loc='left', fontsize=13, fontweight='bold', color='#12171f', pad=12)
+  axes.set_xlabel(x, fontsize=11, color='#333840')
+  axes.set_ylabel(y, fontsize=11, color='#333840')
+
+
+def plot_accuracy(path: pathlib.Path, title: str, summary: Sequence[Mapping[str, Any]]) -> None:
+  """Accuracy against MAC ratio: a point a name, whose bar is the 95% interval of its difference to dense."""
+  drawing, axes = figure()
+  ran = [row for row in summary if row['accuracy']]
+  dense = next((row for row in ran if row['name'] == 'dense'), None)
+  for row in ran:
+    x, y, colour = row['mac_ratio'], 100 * row['accuracy']['mean'], COLOURS[row['name']]
+    if row['difference']:
+      gain = row['difference']
+      bars = [[100 * (gain['mean'] - gain['low'])], [100 * (gain['high'] - gain['mean'])]]
+      axes.errorbar(x, y, yerr=bars, color=colour, elinewidth=1.6, capsize=4)
+    axes.plot(x, y, 'o', color=colour, markersize=9, label=METHODS[row['name']][1])
+  if dense:
+    level = 100 * dense['accuracy']['mean']
+    axes.axhline(level, color='#333840', linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhspan(level - 0.5, level, color='#333840', alpha=0.07, linewidth=0)
+  axes.legend(frameon=False, fontsize=10, loc='center left', bbox_to_anchor=(1.01, 0.5))
+  titled(axes, title, 'Multiply-adds, share of dense', 'Test accuracy in %')
+  axes.text(0, -0.17, 'Bars: 95% interval of the difference to dense. Band: half a point below dense.',
+            transform=axes.transAxes, fontsize=9, color='#555b66')  # fmt: skip
+  drawing.savefig(path)
+
+
+def plot_keep(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Keys kept by layer, mean over seeds: a line a name."""
+  drawing, axes = figure()
+  for name in dict.fromkeys(row['name'] for row in rows):
+    ran = [row['keep_ratio_by_layer'] for row in rows if row['name'] == name and row['metrics']]
+    if ran and name != 'dense':
+      layers = np.arange(1, len(ran[0]) + 1)
+      axes.plot(
+        layers, 100 * np.mean(ran, axis=0), 'o-', color=COLOURS[name], markersize=6, label=METHODS[name][1]
+      )
+      axes.set_xticks(layers)
+  axes.set_ylim(0, 105)
+  axes.legend(frameon=False, fontsize=10, loc='center left', bbox_to_anchor=(1.01, 0.5))
+  titled(axes, title, 'Layer that runs', 'Keys a head attends to, % of the tokens')
+  drawing.savefig(path)
+
+
+def render(name: str, study: Study, folder: pathlib.Path) -> None:
+  """NAME.md and the plots from NAME.json in `folder`."""
+  document = read(folder / f'{name}.json')
+  (folder / f'{name}.md').write_text(accuracy_page(name, study, document), encoding='utf-8')
+  plot_accuracy(folder / f'{name}_accuracy.png', study.title, document['summary'])
+  plot_keep(
+    folder / f'{name}_keep.png', 'Keys kept by layer, ' + study.title.rpartition(' on ')[2], document['rows']
+  )

@@ -1,0 +1,14 @@
+"""Encoders in which tokens can leave: fine-tune, prune, measure and serve text classifiers in JAX.
+
+import tokenprune_jax
+tokenprune_jax.load('runs/imdb').predict(['A fine film.'])
+"""
+
+
+def load(folder: str):
+  """A `predict.Predictor` from a run's workdir or an exported model. Raises UserError where there is none."""
+  from tokenprune_jax import (
+    predict,
+  )  # not above: importing the package must not cost the seconds that jax takes
+
+  return predict.load(folder)

@@ -1,0 +1,153 @@
+"""Attention as pure functions: one formula for soft masks, hard masks and removal, and what methods read from it.
+
+weight = exp(score - max) * seen / (sum + eps), the maximum over seen keys and without gradient. A hard 0 equals
+removal, and a soft mask has a gradient. Shapes: b batch, h heads, q queries, k keys, e width of a head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything hard, where it is at least 1
+
+
+class Evidence(NamedTuple):
+  """What attention hands a method, only what its `reads` names, before dropout, in the stream's coordinates.
+
+  received [b h n]: weights summed over updated queries; 0 where unseen. entropy [b h n]: entropy in nats of how that
+  attention spreads over the queries. first_row [b h n]: the weights of query 0 ([CLS]). weights [b h n n]: all.
+  """
+
+  received: Array | None = None
+  entropy: Array | None = None
+  first_row: Array | None = None
+  weights: Array | None = None
+
+
+def soft_weights(scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']) -> Float[Array, '*b q k']:
+  """Attention weights [… q k] in float32; rows that see nothing are 0. Differentiable in `scores` and in `seen`."""
+  scores = scores.astype(jnp.float32)
+  top = jax.lax.stop_gradient(jnp.max(jnp.where(seen > 0, scores, -jnp.inf), axis=-1, keepdims=True))
+  top = jnp.where(jnp.isfinite(top), top, 0.0)
+  # An unseen key may score above the maximum: bounded, so that 0 * exp never is 0 * inf.
+  weights = jnp.exp(jnp.minimum(scores - top, 30.0)) * seen
+  return weights / (weights.sum(-1, keepdims=True) + EPSILON)
+
+
+@jax.custom_vjp
+def hard_weights(scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']) -> Float[Array, '*b q k']:
+  """`soft_weights` with a constant `seen`: the same value, and a backward pass that keeps one map instead of three."""
+  return soft_weights(scores, seen)
+
+
+def _hard_weights_forward(scores, seen):
+  weights = soft_weights(scores, seen)
+  return weights, (weights, jnp.zeros((), scores.dtype))
+
+
+def _hard_weights_backward(saved, gradient):
+  weights, like = saved
+  inner = jnp.sum(gradient * weights, axis=-1, keepdims=True)
+  return (weights * (gradient - inner)).astype(like.dtype), None
+
+
+hard_weights.defvjp(_hard_weights_forward, _hard_weights_backward)
+
+
+def read(
+  weights: Float[Array, '*b h q k'], updated: Float[Array, '*b q'], reads: tuple[str, ...]
+) -> dict[str, Array]:
+  """The evidence named in `reads`, keys in the order of `weights`. updated: 1 at queries that count, 0 at padding."""
+  found = {}
+  weights = jax.lax.stop_gradient(weights)
+  if 'received' in reads or 'entropy' in reads:
+    received = jnp.einsum('...hqk,...q->...hk', weights, updated)
+    found['received'] = received
+  if 'entropy' in reads:
+    surprise = jnp.einsum('...hqk,...q->...hk', weights * jnp.log(weights + EPSILON), updated)
+    total = received + EPSILON
+    found['entropy'] = jnp.maximum(jnp.log(total) - surprise / total, 0.0)
+  if 'first_row' in reads:
+    found['first_row'] = weights[..., 0, :]
+  if 'weights' in reads:
+    found['weights'] = weights
+  return {name: value for name, value in found.items() if name in reads}
+
+
+class Mixing(NamedTuple):
+  """Static settings of `mix`. mapped: one example at a time, so that its attention map stays in the cache (CPU)."""
+
+  reads: tuple[str, ...] = ()
+  soft: bool = False
+  dropout: float = 0.0
+  mapped: bool = False
+
+
+def mix(
+  query: Float[Array, 'b h q e'],
+  key: Float[Array, 'b h k e'],
+  value: Float[Array, 'b h k e'],
+  seen: Float[Array, 'b #h k'],
+  updated: Float[Array, 'b q'],
+  bias: Float[Array, '#b h q k'] | None,
+  rng: Array | None,
+  how: Mixing,
+) -> tuple[Float[Array, 'b h q e'], dict[str, Array]]:
+  """Scaled dot-product attention: (mixed values, the evidence that `how.reads` names).
+
+  seen: how much each key is attended to; updated: 1 at queries that count in the evidence. bias: added to the scores.
+  rng: key of the dropout on the weights, when `how.dropout` > 0; evidence comes before it.
+  """
+  if how.mapped and query.shape[0] > 1:
+    return _mix_mapped(query, key, value, seen, updated, bias, rng, how)
+  query = query * query.shape[-1] ** -0.5
+  scores = jnp.einsum('bhqe,bhke->bhqk', query, key, preferred_element_type=jnp.float32)
+  if bias is not None:
+    scores = scores + bias
+  weights = (soft_weights if how.soft else hard_weights)(scores, seen[..., None, :])
+  found = read(weights, updated, how.reads)
+  if how.dropout and rng is not None:
+    keep = jax.random.bernoulli(rng, 1 - how.dropout, weights.shape)
+    weights = jnp.where(keep, weights / (1 - how.dropout), 0)
+  mixed = jnp.einsum(
+    'bhqk,bhke->bhqe', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+  )
+  return mixed, found
+
+
+def _mix_mapped(query, key, value, seen, updated, bias, rng, how):
+  shared = bias if bias is not None and bias.shape[0] == 1 else None
+  rngs = None if rng is None else jax.random.split(rng, query.shape[0])
+  own = None if shared is not None else bias
+
+  def one(example):
+    query, key, value, seen, updated, own, rng = example
+    own = shared[0] if shared is not None else own
+    arrays = [None if a is None else a[None] for a in (query, key, value, seen, updated, own)]
+    mixed, found = mix(*arrays, rng, how._replace(mapped=False))
+    return mixed[0], {name: a[0] for name, a in found.items()}
+
+  return jax.lax.map(one, (query, key, value, seen, updated, own, rngs))
+
+
+def relative_bucket(
+  distance: Int[Array, '*shape'], buckets: int, furthest: int = 128
+) -> Int[Array, '*shape']:
+  """MPNet's (T5's bidirectional) bucket of `key position - query position`: exact when near, logarithmic when far."""
+  half = buckets // 2
+  exact = half // 2
+  far = jnp.abs(distance)
+  ratio = jnp.log(jnp.maximum(far, 1).astype(jnp.float32) / exact) / jnp.log(furthest / exact)
+  large = jnp.minimum(exact + (ratio * (half - exact)).astype(jnp.int32), half - 1)
+  return jnp.where(distance > 0, half, 0) + jnp.where(far < exact, far, large)
+
+
+def relative_bias(
+  table: Float[Array, 'buckets h'], queries: Int[Array, 'b q'], keys: Int[Array, 'b k']
+) -> Float[Array, 'b h q k']:
+  """Bias of each pair from their original positions; slots that have none (-1, combined) get 0."""
+  bucket = relative_bucket(keys[:, None, :] - queries[:, :, None], table.shape[0])
+  placed = (keys >= 0)[:, None, None, :] & (queries >= 0)[:, None, :, None]
+  return jnp.where(placed, jnp.moveaxis(table[bucket], -1, 1), 0.0)

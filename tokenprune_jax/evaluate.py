@@ -1,0 +1,237 @@
+"""Evaluation over a whole split, and time measured beside dense in turns.
+
+Shapes: b batch, n slots, l layer (all blocks; a replaced block holds 0), c classes, N examples of the split.
+"""
+
+import functools
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tokenprune_jax import data, flops
+from tokenprune_jax.models import Classifier
+from tokenprune_jax.tasks import Task
+
+Batch = Mapping[str, Any]
+
+
+def measure(model: Classifier, params: Any, batch: Batch) -> dict[str, jax.Array]:
+  """One forward pass without dropout: logits [b c], keep_ratio [b l]; macs, dense_macs, overflow, length [b]."""
+  output = model.apply({'params': params}, batch)
+  length = batch['mask'].sum(-1)
+  return {
+    'logits': output.logits,
+    'keep_ratio': flops.keep_ratio(output.trace, batch),
+    'macs': flops.trace_macs(model.config, model.labels, model.head, output.trace),
+    'dense_macs': flops.dense_macs(model.config, model.labels, model.head, length),
+    'overflow': output.trace.overflow,
+    'length': length,
+    'slots': jnp.full_like(length, batch['mask'].shape[1]),
+    **{name: batch[name] for name in ('index', 'label', 'weight')},
+  }
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(model: Classifier, replicated: NamedSharding | None):
+  """`measure` under jit: compiled once for each model and bucket, however often a run evaluates."""
+  return jax.jit(functools.partial(measure, model), out_shardings=replicated)
+
+
+def evaluate(
+  model: Classifier,
+  params: Any,
+  split: data.Split,
+  task: Task,
+  *,
+  batch_size: int,
+  buckets: tuple[int, ...],
+  pad_id: int,
+  sharding: NamedSharding | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """Evaluates every example of `split` once. Returns (metrics, records), both ready for JSON.
+
+  metrics: the task's scores and `loss` over the whole split; `keep_ratio_by_layer` (executed layers, weighted
+  by real tokens) and its mean `keep_ratio`; `macs_per_example`, `dense_macs_per_example`, `mac_ratio`;
+  `padding_share` of the slots; `overflow`, the number of examples that a capacity was too small for;
+  `examples`. records: one dict an example in the split's order (index, label, prediction, probabilities,
+  length, keep_ratio, macs).
+
+  batch_size: rows of a global batch. sharding: of a batch over the mesh's data axis; None on one device. With
+  several processes all of them call this, and all get the same answer.
+  """
+  replicated = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+  forward = compiled(model, replicated)
+  plan = data.batches(
+    split,
+    batch_size=batch_size,
+    buckets=buckets,
+    seed=0,
+    epoch_shuffle=False,
+    pad_id=pad_id,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  # What comes back is small: nothing is fetched before the end, so that the device never waits for the host.
+  results = jax.device_get([forward(params, place(batch, sharding)) for batch in plan.iterator(0)])
+  rows = in_order(results)
+  slots = sum(int(result['slots'].sum()) for result in results)
+  return summary(rows, model, task, slots), records(rows, executed(model))
+
+
+def place(batch: Batch, sharding: NamedSharding | None) -> Batch:
+  """A process's rows of a batch as global arrays."""
+  if sharding is None:
+    return dict(batch)
+  return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+
+
+def in_order(results: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """All examples in the split's order without filler: nothing below depends on how they were batched."""
+  rows = {name: np.concatenate([r[name] for r in results]) for name in results[0]}
+  order = np.argsort(rows['index'], kind='stable')
+  order = order[rows['weight'][order] > 0]
+  return {name: values[order] for name, values in rows.items()}
+
+
+def executed(model: Classifier) -> list[int]:
+  """Places of the layers that run, in the trace's axis l."""
+  return [l - 1 for l in range(1, model.config.depth + 1) if l not in model.unused_blocks()]
+
+
+def summary(rows: Mapping[str, np.ndarray], model: Classifier, task: Task, slots: int) -> dict[str, Any]:
+  """The metrics of `evaluate` from per-example rows; slots: all that were computed, padding included."""
+  weight = np.ones(len(rows['label']), np.float32)
+  loss = task.loss(
+    jnp.asarray(rows['logits']), {'label': jnp.asarray(rows['label']), 'weight': jnp.asarray(weight)}
+  )
+  by_layer = np.average(rows['keep_ratio'].astype(np.float64), axis=0, weights=rows['length'])[
+    executed(model)
+  ]
+  macs, dense = (float(rows[name].mean(dtype=np.float64)) for name in ('macs', 'dense_macs'))
+  return {
+    **task.scores(rows['logits'], rows['label']),
+    'loss': float(loss),
+    'keep_ratio': float(by_layer.mean()),
+    'keep_ratio_by_layer': by_layer.tolist(),
+    'macs_per_example': macs,
+    'dense_macs_per_example': dense,
+    'mac_ratio': macs / dense,
+    'padding_share': 1 - int(rows['length'].sum()) / slots,
+    'overflow': int(rows['overflow'].sum()),
+    'examples': len(rows['label']),
+  }
+
+
+def records(rows: Mapping[str, np.ndarray], layers: Sequence[int]) -> list[dict[str, Any]]:
+  """One dict an example; label and prediction are class numbers, keep_ratio the mean over `layers`."""
+  logits = rows['logits'].astype(np.float64)
+  odds = np.exp(logits - logits.max(-1, keepdims=True))
+  columns = {
+    'index': rows['index'],
+    'label': rows['label'],
+    'prediction': logits.argmax(-1),
+    'probabilities': np.round(odds / odds.sum(-1, keepdims=True), 6),
+    'length': rows['length'],
+    'keep_ratio': np.round(rows['keep_ratio'][:, layers].mean(-1, dtype=np.float64), 6),
+    'macs': rows['macs'],
+  }
+  lists = [values.tolist() for values in columns.values()]
+  return [dict(zip(columns, row)) for row in zip(*lists)]
+
+
+def peak_rss() -> int:
+  """The most memory that this process has held, in bytes."""
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def compiled_bytes(program: Any) -> int | None:
+  """Arguments, outputs and temporaries of a compiled program by XLA's analysis; None where there is none."""
+  analysis = program.memory_analysis()
+  if analysis is None:
+    return None
+  return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def logits_only(model: Classifier, params: Any, batch: Batch) -> jax.Array:
+  """What a user waits for: the trace is not computed."""
+  return model.apply({'params': params}, batch).logits
+
+
+def timing(
+  models: Mapping[str, tuple[Classifier, Any]], batches: Sequence[Batch], repeats: int = 5
+) -> dict[str, Any]:
+  """Seconds per example of each model, in turns (A B A B …), all compiled and warmed up before.
+
+  models: name -> (model, params); the one named 'dense' is what the others are compared with. batches: as
+  `data.batches` gives them; a round runs all of them through one model. Filler rows cost time but are not
+  counted as examples. Returns {'models': {name: {seconds_per_example (median over rounds), quartiles,
+  time_ratio (dense / this), compile_seconds, compiled_peak_bytes, executor, dtype}}, 'device', 'batch_size',
+  'lengths' (slots of each batch), 'examples', 'repeats', 'process_peak_bytes'}.
+  """
+  batches = [jax.device_put(dict(batch)) for batch in batches]
+  models = {name: (model, jax.device_put(params)) for name, (model, params) in models.items()}
+  programs = {name: compile_shapes(model, params, batches) for name, (model, params) in models.items()}
+
+  def round_of(name: str) -> float:
+    params, ready = models[name][1], programs[name][0]
+    start = time.perf_counter()
+    for batch in batches:
+      jax.block_until_ready(ready[batch['ids'].shape](params, batch))
+    return time.perf_counter() - start
+
+  for name in models:  # warm-up
+    round_of(name)
+  rounds: dict[str, list[float]] = {name: [] for name in models}
+  for _ in range(repeats):
+    for name in models:
+      rounds[name].append(round_of(name))
+  examples = int(sum(np.sum(np.asarray(batch['weight']) > 0) for batch in batches))
+  found = {
+    name: timed(model, programs[name], np.array(rounds[name]) / examples)
+    for name, (model, _) in models.items()
+  }
+  for row in found.values():
+    dense = found.get('dense')
+    row['time_ratio'] = dense['seconds_per_example'] / row['seconds_per_example'] if dense else None
+  return {
+    'models': found,
+    'device': jax.devices()[0].device_kind,
+    'batch_size': batches[0]['ids'].shape[0],
+    'lengths': [batch['ids'].shape[1] for batch in batches],
+    'examples': examples,
+    'repeats': repeats,
+    'process_peak_bytes': peak_rss(),
+  }
+
+
+def compile_shapes(model: Classifier, params: Any, batches: Sequence[Batch]) -> tuple[dict, float]:
+  """({(b, n): compiled program}, seconds that compiling took), ahead of time and once for each shape."""
+  forward, programs = jax.jit(functools.partial(logits_only, model)), {}
+  start = time.perf_counter()
+  for batch in batches:
+    if batch['ids'].shape not in programs:
+      programs[batch['ids'].shape] = forward.lower(params, batch).compile()
+  return programs, time.perf_counter() - start
+
+
+def timed(model: Classifier, compiled_programs: tuple[dict, float], seconds: np.ndarray) -> dict[str, Any]:
+  """One model's row of `timing`; seconds: per example, one a round."""
+  programs, compile_seconds = compiled_programs
+  low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+  sizes = [size for size in map(compiled_bytes, programs.values()) if size is not None]
+  return {
+    'seconds_per_example': median,
+    'quartiles': [low, high],
+    'compile_seconds': compile_seconds,
+    'compiled_peak_bytes': max(sizes, default=None),
+    'executor': model.executor,
+    'dtype': model.config.dtype,
+  }

@@ -1,0 +1,182 @@
+"""A trained model as a folder that others can read, and back.
+
+A dense model with the family's own head becomes the family's ForSequenceClassification. Any other becomes its
+backbone, which transformers' AutoModel reads, with head and reducer in tokenprune.safetensors beside it. Either
+way tokenprune.json says what transformers has no words for, and what is read is what was written, bit for bit.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from tokenprune_jax import conversion, families, model_files
+from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.errors import UserError
+
+SETTINGS, OWN_WEIGHTS, FORMAT = 'tokenprune.json', 'tokenprune.safetensors', 1
+
+
+@dataclass(frozen=True)
+class Exported:
+  """A model as it was exported; `params` nested NumPy, `reducer_spec` as `models.make_reducer` takes it."""
+
+  config: EncoderConfig
+  params: dict[str, Any]
+  tokenizer: Any
+  labels: tuple[str, ...]
+  readout: str
+  head: str
+  reducer_spec: dict[str, Any]
+  max_length: int
+
+
+def export(
+  folder: str | Path,
+  config: EncoderConfig,
+  params: Mapping[str, Any],
+  tokenizer: Any,
+  labels: Sequence[str],
+  *,
+  readout: str,
+  head: str,
+  reducer_spec: Mapping[str, Any],
+  max_length: int | None = None,
+) -> None:
+  """Writes a model, whole or not at all; an earlier export in the same folder is replaced.
+
+  params: as `Classifier.init_params`, on the host or one process's devices. max_length: tokens of the longest
+  input, None = all the encoder takes. Raises UserError where the folder holds something else or is read-only.
+  """
+  folder = Path(folder)
+  if folder.exists() and not (
+    folder.is_dir() and (not any(folder.iterdir()) or (folder / SETTINGS).exists())
+  ):
+    raise UserError(f'{folder} exists and is no earlier export; expected a new folder to export to')
+  classifier = reducer_spec['name'] == 'none' and head == 'family' and readout == 'cls'
+  settings = {
+    'format': FORMAT,
+    'labels': list(labels),
+    'readout': readout,
+    'head': head,
+    'reducer': dict(reducer_spec),
+    'max_length': max_length or config.max_length,
+    'dtype': config.dtype,
+  }
+  own = {} if classifier else _own_weights(params)
+  tensors = conversion.to_tensors(config, params, classifier)
+  raw = families.write_config(config, tuple(labels) if classifier else None)
+  unfinished = folder.with_name(f'.{folder.name}.{os.getpid()}')
+  try:
+    unfinished.mkdir(parents=True)
+    _write_json(unfinished / 'config.json', raw)
+    _write_json(unfinished / SETTINGS, settings)
+    _write_tensors(unfinished / model_files.SINGLE, tensors)
+    if own:
+      _write_tensors(unfinished / OWN_WEIGHTS, own)
+    tokenizer.save_pretrained(unfinished)
+    _put(unfinished, folder)
+  except (OSError, SafetensorError) as error:
+    raise UserError(
+      f'cannot export to {folder}: {error}. Is the disk full, or the folder read-only?'
+    ) from error
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _own_weights(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """What the backbone has no place for: path -> array of the head and of the reducer."""
+  flat = flatten_dict(dict(params), sep='/')
+  return {
+    path: np.ascontiguousarray(value)
+    for path, value in flat.items()
+    if path.startswith(('head/', 'encoder/reducer/'))
+  }
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+  file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def _write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+  save_file(tensors, file, {'format': 'pt'})  # transformers asks for the mark
+  shutil.copymode(file.parent / SETTINGS, file)  # safetensors makes files that only their owner may read
+
+
+def _put(unfinished: Path, folder: Path) -> None:
+  """Renames into place. An earlier export steps aside first, for a folder cannot be replaced in one step."""
+  earlier = folder.with_name(f'.{folder.name}.{os.getpid()}.earlier')
+  if folder.exists():
+    os.replace(folder, earlier)
+  try:
+    os.replace(unfinished, folder)
+  except OSError:
+    if earlier.exists():
+      os.replace(earlier, folder)
+    raise
+  shutil.rmtree(earlier, ignore_errors=True)
+
+
+def load_exported(folder: str | Path) -> Exported:
+  """What `export` wrote. Raises UserError naming the file at fault."""
+  folder = Path(folder)
+  settings = _read_settings(folder / SETTINGS)
+  config, params, tokenizer = model_files.read(folder)
+  if (folder / OWN_WEIGHTS).exists():
+    own = unflatten_dict(model_files.read_safetensors(folder / OWN_WEIGHTS), sep='/')
+    params = {'encoder': params['encoder'] | own.get('encoder', {}), 'head': own.get('head', {})}
+  _check_head(params.get('head', {}), config, settings, folder)
+  return Exported(
+    config=replace(config, dtype=settings['dtype']),
+    params=params,
+    tokenizer=tokenizer,
+    labels=tuple(settings['labels']),
+    readout=settings['readout'],
+    head=settings['head'],
+    reducer_spec={key: _tuples(value) for key, value in settings['reducer'].items()},
+    max_length=settings['max_length'],
+  )
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+  settings = model_files.read_json(file)
+  if settings.get('format') != FORMAT:
+    raise UserError(
+      f'{file}: format is {settings.get("format")!r}; this version reads {FORMAT}. Export the model again.'
+    )
+  kinds = {'labels': list, 'readout': str, 'head': str, 'reducer': dict, 'max_length': int, 'dtype': str}
+  for key, kind in kinds.items():
+    if not isinstance(settings.get(key), kind):
+      raise UserError(
+        f'{file}: {key} is {settings.get(key)!r}; expected a {kind.__name__}. Export the model again.'
+      )
+  return settings
+
+
+def _tuples(value: Any) -> Any:
+  """Lists, which JSON made of tuples, as tuples again: a module's fields have to be hashable."""
+  if isinstance(value, list):
+    return tuple(_tuples(entry) for entry in value)
+  return {key: _tuples(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def _check_head(
+  head: Mapping[str, Any], config: EncoderConfig, settings: dict[str, Any], folder: Path
+) -> None:
+  """The head is whole and fits the labels, so that nothing fails deep inside the model."""
+  shapes = {'out/kernel': (config.width, len(settings['labels'])), 'out/bias': (len(settings['labels']),)}
+  if settings['head'] == 'family':
+    shapes |= {'dense/kernel': (config.width, config.width), 'dense/bias': (config.width,)}
+  found = {path: value.shape for path, value in flatten_dict(dict(head), sep='/').items()}
+  for path in sorted(set(shapes) | set(found)):
+    if shapes.get(path) != found.get(path):
+      both = f'{found.get(path)}, but {SETTINGS} wants {shapes.get(path)}'
+      raise UserError(f'{folder}: head/{path} has the shape {both}; export the model again')

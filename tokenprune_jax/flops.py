@@ -1,0 +1,39 @@
+"""Counting multiply-adds (MACs) of an encoder and its head, at each example's real tokens. Padding never counts.
+
+One block, with q query rows, k keys of a head (mean over heads), r rows projected to keys and values, u feed-forward rows,
+width d, feed-forward width f:  2 q d^2 (query, output) + 2 r d^2 (key, value) + 2 q k d (scores, mixing) + 2 u d f.
+Embeddings, LayerNorm, softmax and biases are left out; what a method computes itself is its `overhead`.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+
+from tokenprune_jax.encoder import EncoderConfig, Trace
+
+
+def block_macs(config: EncoderConfig, queries, keys, key_rows, rows):
+  """MACs of one block; the arguments are counts, arrays of one shape or numbers."""
+  d = config.width
+  return 2 * d * d * (queries + key_rows) + 2 * d * queries * keys + 2 * d * config.hidden * rows
+
+
+def head_macs(config: EncoderConfig, labels: int, head: str) -> int:
+  """MACs of the classification head for one example."""
+  return config.width * labels + (config.width**2 if head == 'family' else 0)
+
+
+def trace_macs(config: EncoderConfig, labels: int, head: str, trace: Trace) -> Float[Array, 'b']:
+  """MACs of each example as the trace records it, the method's overhead included."""
+  blocks = block_macs(config, trace.queries, trace.keys, trace.key_rows, trace.rows)
+  return blocks.sum(-1) + trace.overhead + head_macs(config, labels, head)
+
+
+def dense_macs(config: EncoderConfig, labels: int, head: str, lengths: Num[Array, 'b']) -> Float[Array, 'b']:
+  """MACs of the plain encoder at each example's number of tokens."""
+  n = jnp.asarray(lengths, jnp.float32)
+  return config.depth * block_macs(config, n, n, n, n) + head_macs(config, labels, head)
+
+
+def keep_ratio(trace: Trace, mask: Bool[Array, 'b N'], added: int = 0) -> Float[Array, 'b L']:
+  """Share of the slots at the start (real tokens + `added`) that a head still attends to in each block, 0 if replaced."""
+  return trace.keys / jnp.maximum(mask.sum(-1, keepdims=True) + added, 1)

@@ -1,0 +1,142 @@
+"""The model: encoder, read-out and head; and the one place that finds a method by its name."""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+
+from flax import struct
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tokenprune_jax import reducers
+from tokenprune_jax.encoder import Dense, Encoder, EncoderConfig, Trace
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducer import Inputs, Reducer
+from tokenprune_jax.tokens import Tokens
+
+HEADS = ('linear', 'family')
+READOUTS = ('mean', 'cls')
+EXECUTORS = ('mask', 'compact')
+
+
+def method_names() -> list[str]:
+  """The methods there are: the files of `reducers/`."""
+  return sorted(module.name for module in pkgutil.iter_modules(reducers.__path__))
+
+
+def make_reducer(spec: Mapping) -> Reducer:
+  """The reducer of a config: {'name': 'fuzzy', field: value, …}; a chain has a list of such specs under 'reducers'.
+
+  Raises UserError on an unknown method or field, or a value of another type.
+  """
+  fields = dict(spec)
+  name = fields.pop('name', None)
+  if name not in method_names():
+    raise UserError(f'reducer.name is {name!r}; there {_guess(name, method_names())}')
+  method = importlib.import_module(f'{reducers.__name__}.{name}').Method
+  known = {f.name: f for f in dataclasses.fields(method) if f.name not in ('parent', 'name')}
+  for key in fields:
+    if key not in known:
+      raise UserError(f'reducer {name!r} has no setting {key!r}; there {_guess(key, list(known))}')
+  return method(**{key: _value(name, key, value, known[key].default) for key, value in fields.items()})
+
+
+def _guess(name, choices: list[str]) -> str:
+  near = difflib.get_close_matches(str(name), choices, n=1)
+  return f'are {", ".join(choices) or "none"}' + (f' (did you mean {near[0]!r}?)' if near else '')
+
+
+def _value(method: str, key: str, value, default):
+  if key == 'reducers':
+    return tuple(make_reducer(spec) for spec in value)
+  if isinstance(default, tuple):
+    return tuple(value)
+  wanted = type(default)
+  if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+    raise UserError(
+      f'reducer {method!r}: {key} is {value!r}, a {type(value).__name__}; a {wanted.__name__} was expected'
+    )
+  return value
+
+
+@struct.dataclass
+class Output:
+  """logits [b c] float32; loss: what the method adds to the task's loss; trace: what was computed."""
+
+  logits: Array
+  loss: Array
+  trace: Trace
+
+
+def read_out(tokens: Tokens, how: str) -> Float[Array, 'b d']:
+  """cls: slot 0. mean: over live slots; 0 where an example has none."""
+  if how == 'cls':
+    return tokens.x[:, 0].astype(jnp.float32)
+  weight = tokens.updated[..., None]
+  return (tokens.x.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-6)
+
+
+class Head(nn.Module):
+  """linear: one layer. family: the family's own classification head, with its hidden layer."""
+
+  config: EncoderConfig
+  labels: int
+  kind: str
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b d'], train: bool) -> Float[Array, 'b c']:
+    c, drop = self.config, nn.Dropout(self.config.dropout, deterministic=not train)
+    if self.kind == 'family':
+      # RoBERTa and MPNet drop out before the hidden layer too; BERT's hidden layer is its pooler.
+      x = drop(x) if c.family in ('roberta', 'mpnet') else x
+      hidden = Dense(c.width, 'float32', name='dense')(x)
+      x = nn.relu(hidden) if c.family == 'distilbert' else jnp.tanh(hidden)
+    return Dense(self.labels, 'float32', name='out')(drop(x))
+
+
+class Classifier(nn.Module):
+  """A text classifier over any backbone and any method."""
+
+  config: EncoderConfig
+  reducer: Reducer
+  labels: int
+  readout: str = 'mean'
+  head: str = 'linear'
+  executor: str = 'mask'
+
+  def check(self) -> 'Classifier':
+    """Raises UserError where settings do not fit each other; returns the model."""
+    for key, value, choices in (
+      ('task.readout', self.readout, READOUTS),
+      ('task.head', self.head, HEADS),
+      ('model.executor', self.executor, EXECUTORS),
+    ):
+      if value not in choices:
+        raise UserError(f'{key} is {value!r}; choose one of {", ".join(choices)}')
+    self.reducer.check(self.config.depth, self.config.heads)
+    return self
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], train: bool = False) -> Output:
+    encoder = Encoder(self.config, self.reducer, self.executor, self.readout == 'cls', name='encoder')
+    inputs = Inputs(batch['ids'], batch['mask'], batch['types'], batch.get('controls', {}))
+    tokens, memory, trace = encoder(inputs, train)
+    logits = Head(self.config, self.labels, self.head, name='head')(read_out(tokens, self.readout), train)
+    return Output(logits, jnp.asarray(memory.get('loss', 0.0), jnp.float32), trace)
+
+  def init_params(self, key: Array) -> dict:
+    """Random parameters, the tree described in `pretrained`."""
+    ids = jnp.zeros((1, min(8, self.config.max_length)), jnp.int32)
+    batch = {'ids': ids, 'mask': jnp.ones_like(ids, bool), 'types': ids}
+    model = self.clone(executor='mask')
+    return jax.jit(model.init)(key, batch)['params']
+
+  def unused_blocks(self) -> tuple[int, ...]:
+    """Layers that the method replaces: their parameters stay as loaded and are not trained."""
+    return tuple(sorted(set(range(1, self.config.depth + 1)) - set(self.reducer.blocks(self.config.depth))))

@@ -1,0 +1,61 @@
+"""Several methods, one after the other at every hook: fuzzy pruning + combining, Magic Pyramid = LTP + exits, …"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from tokenprune_jax.attention import Evidence
+from tokenprune_jax.reducer import Inputs, Memory, Reducer
+from tokenprune_jax.tokens import Tokens
+
+TINY: dict = {'reducers': ({'name': 'fuzzy', 'ratio': 0.7, 'rule': 'rank'}, {'name': 'combine', 'slots': 3, 'layer': 3})}
+NEUTRAL: dict = {'reducers': ({'name': 'fuzzy', 'ratio': 1.0}, {'name': 'none'})}
+SUMMED = ('loss', 'overhead_macs')  # memory entries to which several methods may contribute
+
+
+class Method(Reducer):
+  """Calls every hook of each reducer in the order given; a layer runs where all of them run it."""
+
+  reducers: Sequence[Reducer] = ()
+
+  def check(self, depth: int, heads: int) -> None:
+    for reducer in self.reducers:
+      reducer.check(depth, heads)
+
+  def soft(self) -> bool:
+    return any(reducer.soft() for reducer in self.reducers)
+
+  def blocks(self, depth: int) -> tuple[int, ...]:
+    kept = [reducer.blocks(depth) for reducer in self.reducers]
+    return tuple(l for l in range(1, depth + 1) if all(l in blocks for blocks in kept))
+
+  def reads(self, layer: int) -> tuple[str, ...]:
+    return tuple(sorted({name for reducer in self.reducers for name in reducer.reads(layer)}))
+
+  def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
+    memory: Memory = {}
+    for reducer in self.reducers:
+      tokens, opened = reducer.start(tokens, inputs, train)
+      memory = merge(memory, opened)
+    return tokens, memory
+
+  def after_attention(
+    self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
+  ) -> tuple[Tokens, Memory]:
+    for reducer in self.reducers:
+      tokens, memory = reducer.after_attention(tokens, memory, evidence, layer)
+    return tokens, memory
+
+  def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
+    for reducer in self.reducers:
+      tokens, memory = reducer.after_block(tokens, memory, layer, train)
+    return tokens, memory
+
+
+def merge(memory: Memory, opened: Memory) -> Memory:
+  """Both memories; what both may add to is summed, any other name may be opened once."""
+  twice = set(memory) & set(opened) - set(SUMMED)
+  if twice:
+    raise ValueError(f'two methods of a chain both open the memory {sorted(twice)}; each name belongs to one method')
+  summed = {name: jnp.add(memory[name], opened[name]) for name in set(memory) & set(opened)}
+  return {**memory, **opened, **summed}

@@ -1,0 +1,89 @@
+"""What all stages of a run share: config, devices, data, weights; and what is made from them."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from tokenprune_jax import data, pretrained, sharding, stages, tasks, writer
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import Classifier, make_reducer
+
+
+class Session(NamedTuple):
+  """See the module."""
+
+  config: dict[str, Any]
+  folder: pathlib.Path
+  mesh: jax.sharding.Mesh
+  task: tasks.Task
+  weights: pretrained.Pretrained
+  dataset: data.Dataset
+  buckets: tuple[int, ...]
+  out: writer.MetricsWriter | None  # process 0 alone
+
+
+def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
+  """Everything before the first stage: what is wrong with a config is found before hours are spent."""
+  stages.check(config['stages'])
+  optimizer = config['optimizer']
+  sharding.check_batch('optimizer.batch_size', optimizer['batch_size'], optimizer['accumulate'])
+  sharding.check_batch('eval.batch_size', config['eval']['batch_size'])
+  mesh, task = sharding.make_mesh(config['parallel']['fsdp']), tasks.make(config['task']['name'])
+  weights = load_weights(config)
+  max_length = config['data']['max_length']
+  dataset = data.load(config['data'], weights.tokenizer, max_length, data.cache_dir(), seed=config['seed'])
+  writer.say(dataset.describe())
+  buckets = (*(length for length in config['data']['buckets'] if length < max_length), max_length)
+  out = sharding.on_first(lambda: writer.MetricsWriter(folder))
+  session = Session(config, folder, mesh, task, weights, dataset, buckets, out)
+  for stage in config['stages']:  # a wrong setting of the last stage is not to be found after the first one
+    spec = stages.reducer_spec(config['reducer'], (), stage)
+    make_model(session, spec)
+    stages.find_objective(stage, spec, task)
+  return session
+
+
+def load_weights(config: Mapping[str, Any]) -> pretrained.Pretrained:
+  """The encoder of config.model. Raises UserError where it cannot read config.data.max_length tokens."""
+  model, max_length = config['model'], config['data']['max_length']
+  weights = pretrained.load(
+    model['weights'],
+    dropout=model['dropout'],
+    attention_dropout=model['attention_dropout'],
+    dtype=model['dtype'],
+  )
+  if max_length > weights.config.max_length:
+    raise UserError(
+      f'config.data.max_length is {max_length}; {model["weights"]} reads at most {weights.config.max_length}.'
+    )
+  return weights
+
+
+def make_model(session: Session, spec: Mapping[str, Any]) -> Classifier:
+  """The model with the reducer of `spec`. Raises UserError where the two do not fit."""
+  task, executor = session.config['task'], session.config['model']['executor']
+  model = Classifier(
+    session.weights.config,
+    make_reducer(spec),
+    len(session.dataset.labels),
+    task['readout'],
+    task['head'],
+    executor,
+  )
+  return model.check()
+
+
+def batches(session: Session, split: str, batch_size: int, *, seed: int = 0, shuffle: bool = False) -> Any:
+  """This process's part of the batches of a split."""
+  return data.batches(
+    session.dataset.splits[split],
+    batch_size=batch_size,
+    buckets=session.buckets,
+    seed=seed,
+    epoch_shuffle=shuffle,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    pad_id=session.weights.config.pad_id,
+  )

@@ -1,0 +1,139 @@
+"""Stages and objectives: what a run trains, from what, and for what.
+
+A method brings its own in `reducers/NAME.py`, beside its module, as plain values:
+
+  OBJECTIVES = {'soft': soft, …}      soft(apply, params, batch, rng, teacher) -> (loss, {name: scalar})
+  def finish(params, validation)      -> {field: value}, settings for later stages: calibrated capacities, …
+
+`apply(params, batch, rng)` is one forward pass (`models.Output`), with dropout and noise where rng is not
+None; an objective may call it several times. `teacher(batch)` is the forward pass of the stage's teacher,
+without gradient; None without a teacher. Losses and metrics are means over the batch's rows by
+`batch['weight']`.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+
+from tokenprune_jax import reducers
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import Classifier, Output
+from tokenprune_jax.tasks import Task
+
+Apply = Callable[..., Output]  # (params, batch, rng=None)
+Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (apply, params, batch, rng, teacher)
+
+
+class Validation(NamedTuple):
+  """What `finish` may look at: a forward pass (jitted, no dropout) and the validation batches."""
+
+  apply: Apply
+  batches: Callable[[], Iterable[dict[str, jax.Array]]]
+
+
+def default_objective(task: Task) -> Objective:
+  """One forward pass: the task's loss plus what the method adds to it."""
+
+  def objective(apply, params, batch, rng, teacher):
+    output = apply(params, batch, rng)
+    loss = task.loss(output.logits, batch)
+    return loss + output.loss, {'task_loss': loss, 'reducer_loss': output.loss}
+
+  return objective
+
+
+def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task) -> Objective:
+  """The stage's objective: the default one, or one that a reducer of `spec` brings. Raises UserError."""
+  if stage['objective'] == 'default':
+    if stage['teacher']:
+      raise UserError(
+        f'stage {stage["name"]!r} names a teacher, but its objective is the default one, without any.'
+      )
+    return default_objective(task)
+  brought = {}
+  for name in names(spec):
+    brought |= getattr(module(name), 'OBJECTIVES', {})
+  if stage['objective'] not in brought:
+    known = ', '.join(['default', *brought])
+    raise UserError(f"stage {stage['name']!r}: objective is '{stage['objective']}'; there is: {known}.")
+  return brought[stage['objective']]
+
+
+def finish(spec: Mapping[str, Any], params: Any, validation: Validation) -> dict[str, dict[str, Any]]:
+  """{reducer: fields} that the stage's reducers hand on to later stages."""
+  fields = {}
+  for name in names(spec):
+    end = getattr(module(name), 'finish', None)
+    if end is not None:
+      fields[name] = end(params, validation)
+  return fields
+
+
+def module(name: str) -> ModuleType:
+  return importlib.import_module(f'{reducers.__name__}.{name}')
+
+
+def names(spec: Mapping[str, Any]) -> list[str]:
+  """The methods of a reducer spec, a chain's members included."""
+  return [spec['name'], *(name for member in spec.get('reducers', ()) for name in names(member))]
+
+
+def with_fields(spec: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+  """`spec` with other fields: {field: value}, or {reducer: {field: value}} for members of a chain by name.
+
+  Fields with a 'name' are a whole spec that takes the place of `spec`. Raises UserError for an unknown
+  member.
+  """
+  if 'name' in fields:
+    return dict(fields)
+  if 'reducers' not in spec or 'reducers' in fields:
+    return {**spec, **fields}
+  members = [member['name'] for member in spec['reducers']]
+  for name, value in fields.items():
+    if name not in members or not isinstance(value, Mapping):
+      raise UserError(
+        f'stage reducer fields {name}={value!r}: config.reducer is a chain of {", ".join(members)}; '
+        f"write {{'{members[0]}': {{field: value}}}}."
+      )
+  return {
+    **spec,
+    'reducers': tuple({**member, **fields.get(member['name'], {})} for member in spec['reducers']),
+  }
+
+
+def reducer_spec(
+  spec: Mapping[str, Any], handed_on: Sequence[Mapping[str, Mapping[str, Any]]], stage: Mapping[str, Any]
+) -> dict[str, Any]:
+  """A stage's reducer: config.reducer, then what earlier stages handed on, then its own fields."""
+  for fields in handed_on:
+    for name in names(spec):
+      if name in fields:
+        spec = with_fields(spec, {name: fields[name]} if 'reducers' in spec else fields[name])
+  return with_fields(spec, stage['reducer'])
+
+
+def check(stages: Sequence[Mapping[str, Any]]) -> None:
+  """Raises UserError where a teacher is not an earlier stage."""
+  earlier: list[str] = []
+  for stage in stages:
+    if stage['teacher'] and stage['teacher'] not in earlier:
+      raise UserError(
+        f"stage {stage['name']!r}: teacher is '{stage['teacher']}'; expected an earlier stage"
+        f' ({", ".join(earlier) or "there is none"}).'
+      )
+    earlier.append(stage['name'])
+
+
+def forward(model: Classifier) -> Apply:
+  """`apply(params, batch, rng)` of a model."""
+
+  def apply(params, batch, rng=None):
+    if rng is None:
+      return model.apply({'params': params}, batch)
+    dropout, reduce = jax.random.split(rng)
+    return model.apply({'params': params}, batch, train=True, rngs={'dropout': dropout, 'reduce': reduce})
+
+  return apply

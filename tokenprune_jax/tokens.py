@@ -1,0 +1,160 @@
+"""The token stream: one struct that every block, method and executor passes on.
+
+A method *decides* by writing `seen`, `updated` and `score`; an executor *removes* by gathering the whole struct, so that
+no field can be forgotten. Shapes: b batch, n slots of the stream, h heads, d width, N original input length.
+"""
+
+from typing import NamedTuple
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+
+class Capacity(NamedTuple):
+  """Static numbers of slots that survivors fit into; None = not known, keep them all.
+
+  keys: key/value slots of one head in the next attention. rows: slots whose state the next blocks update.
+  slots: slots of the whole stream (a slot that is neither seen nor updated may leave).
+  """
+
+  keys: int | None = None
+  rows: int | None = None
+  slots: int | None = None
+
+
+@struct.dataclass
+class Tokens:
+  """The stream between two half-blocks. Masks are floats in [0, 1]: hard 0/1, or between while a method trains softly."""
+
+  x: Array  # [b n d] states
+  seen: Array  # [b n], or [b h n] where heads differ: how much a slot is attended to
+  updated: Array  # [b n] how much a slot's state is recomputed
+  protected: Array  # [b n] bool: no decision may drop it
+  position: Array  # [b n] int32 index in the original input; -1 for combined and merged slots
+  size: Array  # [b n] float: input tokens that a slot stands for
+  score: Array | None = None  # like seen: when a capacity is too small, the lowest-scored leave
+  carry: dict = struct.field(default_factory=dict)  # {name: [b n …]} a method's own per-slot state
+  added: int = struct.field(pytree_node=False, default=0)  # trailing slots that are not input tokens
+  moved: bool = struct.field(pytree_node=False, default=False)  # slot i is no longer input token i
+  capacity: Capacity = struct.field(pytree_node=False, default=Capacity())
+
+
+def start(x: Float[Array, 'b n d'], mask: Bool[Array, 'b n'], protect_first: bool) -> Tokens:
+  """A fresh stream over embedded input. mask: True at real tokens. protect_first: the read-out needs slot 0 ([CLS])."""
+  b, n, _ = x.shape
+  alive = mask.astype(jnp.float32)
+  position = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
+  return Tokens(
+    x, seen=alive, updated=alive, protected=(position == 0) & protect_first, position=position, size=alive
+  )
+
+
+def live(tokens: Tokens) -> Bool[Array, 'b n']:
+  """Slots that are seen by any head or updated. All others are gone: padding, or removed by a decision."""
+  seen = tokens.seen if tokens.seen.ndim == 2 else tokens.seen.max(axis=1)
+  return (seen > 0) | (tokens.updated > 0)
+
+
+def select(
+  keep: Bool[Array, '*batch n'], capacity: int, score: Num[Array, '*batch n'] | None = None
+) -> tuple[Int[Array, '*batch k'], Bool[Array, '*batch n'], Bool[Array, '*batch']]:
+  """Slots that go into `capacity` places, in their original order.
+
+  Kept slots come first; places left over hold dropped slots, which stay masked. Where more are kept than fit, the
+  lowest-scored leave (without a score: the last). Returns (index [… capacity], the slots that got a place as a mask
+  [… n], overflow […]).
+  """
+  n = keep.shape[-1]
+  if not 0 < capacity <= n:
+    raise ValueError(f'capacity {capacity} does not lie between 1 and the {n} slots of the stream')
+  overflow = keep.sum(-1) > capacity
+  if score is not None:
+    keep = keep & (descending_rank(jnp.where(keep, score, -jnp.inf)) < capacity)
+  order = jnp.argsort(~keep, axis=-1, stable=True)[..., :capacity].astype(jnp.int32)
+  fits = keep & (jnp.cumsum(keep, axis=-1) <= capacity)
+  return order, fits, overflow
+
+
+def descending_rank(score: Num[Array, '*batch n']) -> Int[Array, '*batch n']:
+  """0 for the highest score; equal scores rank in slot order. What top-k keeps is `descending_rank(score) < k`."""
+  order = jnp.argsort(-score, axis=-1, stable=True)
+  return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def gather_rows(x: Num[Array, '*batch n d'], index: Int[Array, '*batch k'], kept: Bool[Array, '*batch n']):
+  """x[…, index, :], where `index, kept` come from `select`; rows of index that are not `kept` get no gradient.
+
+  The transpose of a gather is a scatter-add, which is slow on every backend. Here each slot has at most one place, so
+  the gradient is a gather too.
+  """
+  del kept
+  return jnp.take_along_axis(x, index[..., None], axis=-2)
+
+
+def _gather_rows_forward(x, index, kept):
+  return gather_rows(x, index, kept), kept
+
+
+def _gather_rows_backward(kept, gradient):
+  return spread(gradient, kept), None, None
+
+
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+def spread(rows: Num[Array, '*batch k d'], kept: Bool[Array, '*batch n']) -> Num[Array, '*batch n d']:
+  """Undoes `gather_rows`: the i-th kept slot gets rows[…, i, :], all others 0."""
+  place = jnp.clip(jnp.cumsum(kept, axis=-1) - 1, 0, rows.shape[-2] - 1)
+  return jnp.where(kept[..., None], jnp.take_along_axis(rows, place[..., None], axis=-2), 0)
+
+
+def compress(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
+  """Gathers the stream into `capacity.slots`, if the last decision stated it. Returns (tokens, overflow [b])."""
+  slots, n = tokens.capacity.slots, tokens.x.shape[1]
+  if slots is None or slots >= n:
+    return tokens, jnp.zeros(tokens.x.shape[0], bool)
+  score = tokens.score
+  if score is not None and score.ndim == 3:
+    score = score.max(axis=1)
+  index, kept, overflow = select(live(tokens), slots, score)
+  return take(tokens, index, kept), overflow
+
+
+def take(tokens: Tokens, index: Int[Array, 'b k'], kept: Bool[Array, 'b n']) -> Tokens:
+  """Every field gathered at `index`; slots that are not `kept` become empty (unseen, not updated)."""
+  filled = jnp.take_along_axis(kept, index, axis=1)
+
+  def pick(field):
+    return jnp.take_along_axis(field, index, axis=1) * filled
+
+  def pick_mask(mask):
+    if mask.ndim == 2:
+      return pick(mask)
+    return jnp.take_along_axis(mask, index[:, None, :], axis=2) * filled[:, None, :]
+
+  def pick_carry(leaf):
+    return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 2)), axis=1)
+
+  return tokens.replace(
+    x=gather_rows(tokens.x, index, kept),
+    seen=pick_mask(tokens.seen),
+    updated=pick(tokens.updated),
+    protected=jnp.take_along_axis(tokens.protected, index, axis=1) & filled,
+    position=jnp.where(filled, jnp.take_along_axis(tokens.position, index, axis=1), -1),
+    size=pick(tokens.size),
+    score=None if tokens.score is None else pick_mask(tokens.score),
+    carry=jax.tree.map(pick_carry, tokens.carry),
+    moved=True,
+  )
+
+
+def scatter_to_input(
+  values: Num[Array, 'b n'], position: Int[Array, 'b n'], length: int
+) -> Num[Array, 'b N']:
+  """values laid out by original position [b N]; slots with position -1 are left out, absent tokens are 0."""
+  rows = jnp.arange(values.shape[0])[:, None]
+  target = jnp.where(position < 0, length, position)
+  return jnp.zeros((values.shape[0], length), values.dtype).at[rows, target].add(values, mode='drop')

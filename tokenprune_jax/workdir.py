@@ -1,0 +1,107 @@
+"""The folder of one run: its lock, its config and files that are either whole or not there."""
+
+import errno
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tokenprune_jax import settings
+from tokenprune_jax.errors import UserError
+
+# What a user can mend: no space, no permission, a file where a folder should be.
+STORAGE_ERRORS = frozenset(
+  (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+  + (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR)
+)
+
+
+def storage_error(error: OSError, path: str | os.PathLike) -> UserError:
+  """The UserError for a file that could not be written."""
+  return UserError(
+    f'cannot write {error.filename or path}: {error.strerror or error}. Free some space or choose another '
+    '--workdir; the same command then goes on from the last checkpoint.'
+  )
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes `value` to `path` at once: a kill leaves the old file or the new one. Raises UserError."""
+  write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes `text` to `path` at once: a kill leaves the old file or the new one. Raises UserError."""
+  partial = path.with_name(path.name + '.partial')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, 'w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except OSError as error:
+    raise storage_error(error, path) from error
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """What `write_json` wrote; None where there is no file. Raises UserError where it is not JSON."""
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise UserError(
+      f'{path} is not valid JSON ({error}); restore it, or choose another --workdir.'
+    ) from error
+
+
+def lock(folder: pathlib.Path) -> TextIO:
+  """Makes `folder` and takes its lock, held until the file is closed or the process ends, however it ends.
+
+  Raises UserError, naming the other process, where a run is live in the folder, or it cannot be written.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / 'lock', 'a+', encoding='utf-8')  # noqa: SIM115 (held as long as the run lives)
+  except OSError as error:
+    raise storage_error(error, folder) from error
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    file.seek(0)
+    owner = file.read().strip() or 'unknown'
+    file.close()
+    raise UserError(
+      f'{folder} is in use by another run (process {owner}). Wait, stop it or choose another --workdir.'
+    ) from error
+  file.truncate(0)
+  file.write(f'{os.getpid()}\n')
+  file.flush()
+  return file
+
+
+def settle_config(folder: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
+  """Writes config.json, or compares with the one that is there; returns the keys that changed.
+
+  Raises UserError naming them, unless none of them changes what is learned.
+  """
+  path = folder / 'config.json'
+  earlier = read_json(path)
+  if earlier is not None:
+    refuse_differences(path, earlier, config)
+  write_json(path, config)
+  return [] if earlier is None else list(settings.differences(earlier, config))
+
+
+def refuse_differences(path: pathlib.Path, earlier: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+  """Raises UserError naming the keys in which `config` differs from the one kept in `path`."""
+  changed = {
+    key: values
+    for key, values in settings.differences(earlier, config).items()
+    if not settings.is_harmless(key)
+  }
+  if changed:
+    rows = '; '.join(f'config.{key} was {old!r} and is now {new!r}' for key, (old, new) in changed.items())
+    raise UserError(f'{path} is of another run: {rows}. Choose another --workdir, or give the same config.')
