@@ -1,4 +1,4 @@
-"""Runs one experiment: python main.py --config=configs/NAME.py[:variant] --workdir=DIR [--config.key=value …]"""
+"""Runs one config: python main.py --config=configs/NAME.py[:variant] --workdir=DIR [--config.key=value …]"""
 
 import os
 import sys
@@ -15,37 +15,43 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; the same one 
 def parse(arguments):
   """(config, workdir) of the flags. Raises UserError for whatever is wrong in them or in the config file."""
   try:
-    rest = flags.FLAGS(arguments)[1:]
-    given = {'config': CONFIG.value, 'workdir': WORKDIR.value}
+    words = flags.FLAGS(arguments)[1:]
+    given = {'config': CONFIG.value and CONFIG.value.to_dict(), 'workdir': WORKDIR.value}
   except (flags.Error, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
     raise UserError(cause(error)) from error
-  missing = ' and '.join(f'--{name}' for name, value in given.items() if not value)
-  if missing or rest:
-    raise UserError(f'{missing} is missing. {__doc__}' if missing else f'{rest[0]!r} is no flag. {__doc__}')
-  return given['config'].to_dict(), given['workdir']
+  wrong = [f'--{name} is missing' for name, value in given.items() if not value]
+  if wrong or words:
+    raise UserError(f'{", ".join(wrong) or f"{words[0]!r} is no flag"}. {__doc__}')
+  return given['config'], given['workdir']
 
 
 def cause(error):
-  """What a config file itself raised, where config_flags wrapped it in a traceback; else the message, on one line."""
+  """In one line: what a config file raised, where that came wrapped in a traceback, else the message."""
+  unknown = 'no such config key: ' if isinstance(error, (AttributeError, LookupError)) else ''
   while 'Traceback' in str(error) and error.__context__ is not None:
     error = error.__context__
-  return ' '.join(str(error).split())
+  while isinstance(error, Exception) and error.args:
+    error = error.args[0]
+  return unknown + ' '.join(str(error).split())
 
 
 def main(arguments):
-  """Exit status: 0 finished, 2 wrong input, 128 + signal stopped and saved."""
+  """Exit status: 0 finished, 2 wrong input, 128 + signal where it was stopped (training saves first)."""
   logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each error that is also raised
   app.define_help_flags()
   try:
     config, workdir = parse(arguments)
-    # Only now: a mistyped flag should not take the seconds that importing JAX takes.
-    from tokenprune_jax import data, settings, sharding, train
+    from tokenprune_jax import data, settings  # only now: a mistyped flag should not take their seconds
 
-    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(data.cache_dir() / 'xla'))
-    sharding.initialize(settings.check(config)['parallel'])
+    config = settings.check(config)
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(data.cache_dir() / 'xla'))  # before JAX is there
+    from tokenprune_jax import sharding, train
+
+    sharding.initialize(config['parallel'])
     train.run(config, workdir)
-  except UserError as error:
-    return print(f'error: {error}', file=sys.stderr) or 2
+  except (UserError, KeyboardInterrupt) as error:
+    print(f'error: {str(error) or "interrupted, with nothing to save"}', file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 130
   return 0
 
 

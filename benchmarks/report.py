@@ -203,20 +203,26 @@ def accuracy_table(summary: Sequence[Mapping[str, Any]], paper: Mapping[str, Pap
   return table(lines)
 
 
+ACCURACY_NOTE = """
+Mean ± standard deviation over seeds, in percent. Batch F1: macro F1 of batches of 16, averaged, as
+in the paper. `accuracy − dense` is in points, with the 95% interval of the paired bootstrap over
+test documents and seeds; "no worse" means that all of it lies above −0.5. Keys kept: share of the
+tokens that a head still attends to, mean over layers. MACs: share of dense, at each document's real
+length. The paper's figures are of BERT-base at 512 tokens with all training data: they show what to
+expect, not what to match.
+"""
+
+
 def accuracy_page(name: str, study: Study, document: Mapping[str, Any]) -> str:
   """results/NAME.md."""
-  return f"""# {study.title}
-
-{study.setting}
-
-{accuracy_table(document['summary'], study.paper)} Mean ± standard deviation over seeds, in percent. Batch F1: macro F1 of batches of 16, averaged, as in the paper. `accuracy
-− dense` is in points, with the 95% interval of the paired bootstrap over test documents and seeds; "no worse"
-means that all of it lies above −0.5. Keys kept: share of the tokens that a head still attends to, mean over
-layers. MACs: share of dense, at each document's real length. The paper's figures are of BERT-base at 512
-tokens with all training data: they show what to expect, not what to match. {not_run(document['rows'])}
-![Accuracy against multiply-adds]({name}_accuracy.png) ![Keys kept by layer]({name}_keep.png)
-
-{origin(document)}"""
+  plots = f'![Accuracy against multiply-adds]({name}_accuracy.png)\n![Keys kept by layer]({name}_keep.png)\n'
+  parts = (
+    f'# {study.title}\n\n{study.setting}\n',
+    accuracy_table(document['summary'], study.paper) + ACCURACY_NOTE + not_run(document['rows']),
+    plots,
+    origin(document),
+  )
+  return '\n'.join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------ Plots
@@ -242,6 +248,18 @@ def titled(axes: Any, title: str, x: str, y: str) -> None:
   axes.set_ylabel(y, fontsize=11, color='#333840')
 
 
+def legend(axes: Any) -> None:
+  """Right of the plot, where there is something to name."""
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(frameon=False, fontsize=10, loc='center left', bbox_to_anchor=(1.01, 0.5))
+
+
+def level(axes: Any, accuracy: float) -> None:
+  """Dense: a dashed line, and a band of half a point below it; accuracy in percent."""
+  axes.axhline(accuracy, color='#333840', linewidth=1, linestyle=(0, (4, 3)))
+  axes.axhspan(accuracy - 0.5, accuracy, color='#333840', alpha=0.07, linewidth=0)
+
+
 def plot_accuracy(path: pathlib.Path, title: str, summary: Sequence[Mapping[str, Any]]) -> None:
   """Accuracy against MAC ratio: a point a name, whose bar is the 95% interval of its difference to dense."""
   drawing, axes = figure()
@@ -255,10 +273,8 @@ def plot_accuracy(path: pathlib.Path, title: str, summary: Sequence[Mapping[str,
       axes.errorbar(x, y, yerr=bars, color=colour, elinewidth=1.6, capsize=4)
     axes.plot(x, y, 'o', color=colour, markersize=9, label=METHODS[row['name']][1])
   if dense:
-    level = 100 * dense['accuracy']['mean']
-    axes.axhline(level, color='#333840', linewidth=1, linestyle=(0, (4, 3)))
-    axes.axhspan(level - 0.5, level, color='#333840', alpha=0.07, linewidth=0)
-  axes.legend(frameon=False, fontsize=10, loc='center left', bbox_to_anchor=(1.01, 0.5))
+    level(axes, 100 * dense['accuracy']['mean'])
+  legend(axes)
   titled(axes, title, 'Multiply-adds, share of dense', 'Test accuracy in %')
   axes.text(0, -0.17, 'Bars: 95% interval of the difference to dense. Band: half a point below dense.',
             transform=axes.transAxes, fontsize=9, color='#555b66')  # fmt: skip
@@ -277,7 +293,7 @@ def plot_keep(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]])
       )
       axes.set_xticks(layers)
   axes.set_ylim(0, 105)
-  axes.legend(frameon=False, fontsize=10, loc='center left', bbox_to_anchor=(1.01, 0.5))
+  legend(axes)
   titled(axes, title, 'Layer that runs', 'Keys a head attends to, % of the tokens')
   drawing.savefig(path)
 

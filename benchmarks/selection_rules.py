@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import sys
+import time
 from typing import Any
 
 sys.path.insert(
@@ -29,8 +30,17 @@ RULES = {
   'random': 'random',
 }  # fmt: skip
 COLOURS = dict(zip(RULES, ('#4477aa', '#228833', '#66ccee', '#ee6677', '#aa3377', '#b8860b', '#9aa0aa')))
+SCORES = ('accuracy', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'loss')
 KEEP = (0.7, 0.5, 0.3, 0.9, 0.8, 0.6, 0.4)  # nominal, in the order in which they are worth having
 TITLES = {'bbc': 'BBC News', 'imdb': 'IMDB'}
+
+
+NOTE = """# Which rule picks the better tokens?
+
+All rules on the same dense MiniLM-L6 checkpoint (seed 0), without any training with the rule. Columns:
+nominal keep ratio, mean over layers. Cells: test accuracy in percent (keep ratio measured), and below it the
+difference to dense in points, with the 95% interval of the paired bootstrap over test documents.
+"""
 
 
 def schedule_ratio(keep: float, layers: int) -> float:
@@ -51,74 +61,91 @@ def rows() -> list[dict[str, Any]]:
 def cell(dataset: str, rule: str, keep: float) -> dict[str, Any]:
   """One row with nothing measured; its name tells it from all others."""
   return {
-    'dataset': dataset, 'model': DATASETS[dataset].model, 'method': 'dense' if rule == 'dense' else 'fuzzy',
-    'variant': rule, 'name': f'{dataset} {rule} {keep}', 'seed': 0, 'split': 'test', 'nominal_keep_ratio': keep,
-    'ratio': None, 'reason': report.NOT_RUN, 'difference': None, **dict.fromkeys(accuracy.MEASURED),
-  }  # fmt: skip
+    'dataset': dataset,
+    'model': DATASETS[dataset].model,
+    'method': 'dense' if rule == 'dense' else 'fuzzy',
+    'variant': rule,
+    'name': f'{dataset} {rule} {keep}',
+    'seed': 0,
+    'split': 'test',
+    'nominal_keep_ratio': keep,
+    'ratio': None,
+    'difference': None,
+    'reason': report.NOT_RUN,
+    **dict.fromkeys(accuracy.MEASURED),
+  }
 
 
 class Dense:
   """The dense checkpoint of a dataset and its test split, read once."""
 
   def __init__(self, dataset: str, runs: str):
-    from tokenprune_jax import data, pretrained  # not above: --help needs no JAX
+    import jax  # not above: --help needs no JAX
+
+    from tokenprune_jax import data, pretrained
 
     folder = pathlib.Path(accuracy.workdir_of(Row(dataset, 'dense', 'dense', 0), runs))
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     self.exported = pretrained.load_exported(folder / 'model')
-    self.config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    length = self.config['data']['max_length']
-    loaded = data.load(
-      self.config['data'], self.exported.tokenizer, length, data.cache_dir(), seed=self.config['seed']
-    )
+    self.params = jax.device_put(self.exported.params)
+    length, tokenizer = self.exported.max_length, self.exported.tokenizer
+    loaded = data.load(config['data'], tokenizer, length, data.cache_dir(), seed=config['seed'])
     self.split = loaded.splits['test']
-    self.buckets = (*(b for b in self.config['data']['buckets'] if b < length), length)
+    self.buckets = (*(slots for slots in config['data']['buckets'] if slots < length), length)
 
   def evaluate(self, rule: str, keep: float) -> dict[str, Any]:
     """The measured part of a row."""
     from tokenprune_jax import evaluate, models, tasks
 
-    ratio, exported = schedule_ratio(keep, self.exported.config.depth), self.exported
-    spec = {'name': 'none'} if rule == 'dense' else {'name': 'fuzzy', 'rule': rule, 'ratio': ratio}
-    model = models.Classifier(exported.config, models.make_reducer(spec), len(exported.labels), exported.readout,
-                              exported.head)  # fmt: skip
+    e, start = self.exported, time.monotonic()
+    ratio = schedule_ratio(keep, e.config.depth)
+    reducer = models.make_reducer(
+      {'name': 'none'} if rule == 'dense' else {'name': 'fuzzy', 'rule': rule, 'ratio': ratio}
+    )
+    model = models.Classifier(e.config, reducer, len(e.labels), e.readout, e.head).check()
+    task, pad_id = tasks.make('classify'), e.config.pad_id
     found, records = evaluate.evaluate(
-      model.check(), exported.params, self.split, tasks.make('classify'), batch_size=32, buckets=self.buckets,
-      pad_id=exported.config.pad_id,
-    )  # fmt: skip
-    scores = ('accuracy', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'loss')
-    kept = {key: value for key, value in found.items() if key in accuracy.MEASURED}
-    return {**kept, 'metrics': {score: found[score] for score in scores}, 'ratio': ratio, 'commit': report.commit(),
-            'reason': None, **report.correctness(records)}  # fmt: skip
+      model, self.params, self.split, task, batch_size=32, buckets=self.buckets, pad_id=pad_id
+    )
+    return {
+      **{key: found[key] for key in accuracy.KEPT},
+      **report.correctness(records),
+      'metrics': {score: found[score] for score in SCORES},
+      'ratio': ratio,
+      'seconds': round(time.monotonic() - start, 1),
+      'commit': report.commit(),
+      'reason': None,
+    }
 
 
 def table(document: dict[str, Any], dataset: str) -> str:
   """Rules by nominal keep ratio: accuracy (keep ratio measured), and the difference to dense."""
-  by_place = {(row['dataset'], row['variant'], row['nominal_keep_ratio']): row for row in document['rows']}
+  places = {(row['dataset'], row['variant'], row['nominal_keep_ratio']): row for row in document['rows']}
   columns = sorted(KEEP, reverse=True)
   lines = [['', *(f'{keep:.0%}' for keep in columns)]]
   for rule, title in RULES.items():
-    found = [by_place[dataset, rule, keep] for keep in columns]
-    lines.append([title, *(f'{100 * row["metrics"]["accuracy"]:.1f} ({row["keep_ratio"]:.0%})' if row['metrics'] else '–'
-                           for row in found)])  # fmt: skip
-    lines.append(['  − dense [95%]', *(report.points(row['difference']) for row in found)])
+    found = [places[dataset, rule, keep] for keep in columns]
+    lines.append([title, *map(score, found)])
+    lines.append(['− dense [95%]', *(report.points(row['difference']) for row in found)])
   return report.table(lines)
+
+
+def score(row: dict[str, Any]) -> str:
+  """A cell of the table."""
+  return f'{100 * row["metrics"]["accuracy"]:.1f} ({row["keep_ratio"]:.0%})' if row['metrics'] else '–'
 
 
 def page(document: dict[str, Any]) -> str:
   """results/selection_rules.md."""
-  parts = ['# Which rule picks the better tokens?\n\nAll rules on the same dense MiniLM-L6 checkpoint (seed 0), without '
-           'training on them. Columns: nominal keep ratio, mean over layers. Cells: test accuracy in percent (keep ratio '
-           'measured), and below it the difference to dense in points with the 95% interval of the paired bootstrap over '
-           'test documents.\n']  # fmt: skip
+  parts = [NOTE]
   for dataset, title in TITLES.items():
-    dense = next(row for row in document['rows'] if row['dataset'] == dataset and row['variant'] == 'dense')
+    dense = next(row for row in document['rows'] if row['name'] == f'{dataset} dense 1.0')
     level = f'{100 * dense["metrics"]["accuracy"]:.1f}%' if dense['metrics'] else 'not run yet'
-    parts.append(
-      f'## {title} (dense: {level})\n\n{table(document, dataset)}\n![{title}]({NAME}_{dataset}.png)\n'
-    )
+    parts.append(f'## {title} (dense: {level})\n\n{table(document, dataset)}')
+    parts.append(f'![{title}]({NAME}_{dataset}.png)\n')
   missing = sum(not row['metrics'] for row in document['rows'])
-  parts.append(f'{missing} cells are not run yet.\n' if missing else '')
-  return '\n'.join(parts) + '\n' + report.origin(document)
+  parts += [f'{missing} cells are not run yet.\n'] if missing else []
+  return '\n'.join([*parts, report.origin(document)])
 
 
 def plot(path: pathlib.Path, document: dict[str, Any], dataset: str) -> None:
@@ -134,21 +161,15 @@ def plot(path: pathlib.Path, document: dict[str, Any], dataset: str) -> None:
       )
   for row in ran:
     if row['variant'] == 'dense':
-      level = 100 * row['metrics']['accuracy']
-      axes.axhline(level, color='#333840', linewidth=1, linestyle=(0, (4, 3)))
-      axes.axhspan(level - 0.5, level, color='#333840', alpha=0.07, linewidth=0)
-  if ran:
-    axes.legend(frameon=False, fontsize=10, loc='center left', bbox_to_anchor=(1.01, 0.5))
-  report.titled(axes, f'{TITLES[dataset]}: accuracy without training, by rule', 'Keys kept, mean over layers, %',
-                'Test accuracy in %')  # fmt: skip
+      report.level(axes, 100 * row['metrics']['accuracy'])
+  report.legend(axes)
+  title = f'{TITLES[dataset]}: accuracy without training, by rule'
+  report.titled(axes, title, 'Keys kept, mean over layers, %', 'Test accuracy in %')
   drawing.savefig(path)
 
 
-def save(path: pathlib.Path, document: dict[str, Any]) -> None:
-  """The result file, its table and its plots."""
-  header = report.header(f'python benchmarks/{NAME}.py')
-  document = {**header, 'rows': document['rows']}
-  workdir.write_json(path, document)
+def draw(path: pathlib.Path, document: dict[str, Any]) -> None:
+  """The table and the plots beside the result file."""
   workdir.write_text(path.with_suffix('.md'), page(document))
   for dataset in TITLES:
     plot(path.with_name(f'{NAME}_{dataset}.png'), document, dataset)
@@ -173,22 +194,30 @@ def main() -> None:
   options = parser.parse_args()
   path = pathlib.Path(options.results) / f'{NAME}.json'
   known = {row['name']: row for row in report.read(path)['rows'] if row['metrics']}
-  document = {'rows': [known.get(row['name'], row) for row in rows()]}
+  document = {
+    **report.header(f'python benchmarks/{NAME}.py'),
+    'rows': [known.get(row['name'], row) for row in rows()],
+  }
   missing = [place for place, row in enumerate(document['rows']) if not row['metrics']]
   checkpoints: dict[str, Dense] = {}
   for count, place in enumerate(missing[: options.rows], 1):
     row = document['rows'][place]
     if row['dataset'] not in checkpoints:
-      made = accuracy.run(Row(row['dataset'], 'dense', 'dense', 0), options.runs)
-      if not made['metrics']:
-        raise SystemExit(f'error: the dense run on {row["dataset"]} failed: {made["reason"]}')
-      checkpoints[row['dataset']] = Dense(row['dataset'], options.runs)
-    document['rows'][place] = row = measured(row, document, checkpoints[row['dataset']])
-    print(f'[{count}/{len(missing)}] {row["name"]}: accuracy {row["metrics"]["accuracy"]:.4f}, '
-          f'keep ratio {row["keep_ratio"]:.3f}', flush=True)  # fmt: skip
-    save(path, document)
-  save(path, document)
+      checkpoints[row['dataset']] = checkpoint(row['dataset'], options.runs)
+    row = document['rows'][place] = measured(row, document, checkpoints[row['dataset']])
+    workdir.write_json(path, document)
+    scores = f'accuracy {row["metrics"]["accuracy"]:.4f}, keep ratio {row["keep_ratio"]:.3f}'
+    print(f'[{count}/{len(missing)}] {row["name"]}: {scores}', flush=True)
+  draw(path, document)
   print(path.with_suffix('.md').read_text(encoding='utf-8'))
+
+
+def checkpoint(dataset: str, runs: str) -> Dense:
+  """The dataset's dense checkpoint; trains it, or goes on with it, where it is not finished."""
+  made = accuracy.run(Row(dataset, 'dense', 'dense', 0), runs)
+  if not made['metrics']:
+    raise SystemExit(f'error: the dense run on {dataset} failed: {made["reason"]}')
+  return Dense(dataset, runs)
 
 
 if __name__ == '__main__':

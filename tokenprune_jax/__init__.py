@@ -4,8 +4,10 @@ import tokenprune_jax
 tokenprune_jax.load('runs/imdb').predict(['A fine film.'])
 """
 
+import os
 
-def load(folder: str):
+
+def load(folder: str | os.PathLike):
   """A `predict.Predictor` from a run's workdir or an exported model. Raises UserError where there is none."""
   from tokenprune_jax import (
     predict,

@@ -42,9 +42,7 @@ class EncoderConfig:
   dropout: float = 0.1
   attention_dropout: float = 0.1
   dtype: str = 'float32'  # of the matrix products; parameters, softmax and LayerNorm stay in float32
-  mapped_attention: bool = (
-    False  # see `attention.Mixing`: faster on CPU, where the attention map outgrows the cache
-  )
+  attention: str = 'auto'  # or 'plain', 'mapped': see `attention.is_mapped`
 
   @property
   def max_length(self) -> int:
@@ -63,7 +61,9 @@ ACTIVATIONS: dict[str, Callable] = {
 class Trace:
   """What each block computed, per example and layer [b L] float32; 0 in a replaced block. The ground of every count."""
 
+  slots: Array  # [b] slots before the first block: real tokens and what the method added
   keys: Array  # keys of one head (mean over heads)
+  widest: Array  # keys of the head that has most: what a capacity must hold
   key_rows: Array  # states projected to keys and values
   queries: Array
   rows: Array  # states through the feed-forward
@@ -225,7 +225,7 @@ class Block(nn.Module):
       rows.updated,
       pick_bias(bias, rows.index, index),
       self.make_rng('dropout') if dropout else None,
-      attention.Mixing(reads, self.soft, dropout, self.config.mapped_attention),
+      attention.Mixing(reads, self.soft, dropout, attention.is_mapped(self.config.attention, train)),
     )
     change = self.drop(self.out(mixed.swapaxes(1, 2).reshape(rows.x.shape)), deterministic=not train)
     x = self.residual(rows, change, self.attention_norm)
@@ -287,6 +287,7 @@ class Encoder(nn.Module):
     c, length, compact = self.config, inputs.ids.shape[1], self.executor == 'compact'
     tokens = stream.start(self.embeddings(inputs, train), inputs.mask, self.protect_first)
     tokens, memory = self.reducer.start(tokens, inputs, train)
+    slots = inputs.mask.sum(-1, dtype=jnp.float32) + tokens.added
     bias = self.relative_bias(tokens)
     overflow = jnp.zeros(inputs.ids.shape[0], bool)
     seen_by = {}
@@ -300,16 +301,16 @@ class Encoder(nn.Module):
       overflow |= lost
       tokens, lost = block.feed_forward(tokens, train)
       overflow |= lost
-      slots = tokens.x.shape[1]
+      width = tokens.x.shape[1]
       tokens, memory = self.reducer.after_block(tokens, memory, l, train)
-      if tokens.x.shape[1] != slots:
+      if tokens.x.shape[1] != width:
         bias = self.relative_bias(tokens)
       tokens, bias, lost = self.shrink(tokens, bias) if compact else (tokens, bias, False)
       overflow |= lost
     if self.is_initializing():  # a replaced block stays in the tree, so that one backbone fits every method
       for l in set(range(1, c.depth + 1)) - set(seen_by):
         self.block[str(l)].feed_forward(self.block[str(l)].attend(tokens, None, (), False)[0], False)
-    return tokens, memory, trace(seen_by, memory, overflow, c.depth, length)
+    return tokens, memory, trace(seen_by, memory, slots, overflow, c.depth, length)
 
   def shrink(self, tokens: Tokens, bias):
     """Gone slots leave the stream where the last decision stated how many stay."""
@@ -318,16 +319,17 @@ class Encoder(nn.Module):
     return tokens, bias if tokens.x.shape[1] == slots else self.relative_bias(tokens), overflow
 
 
-def trace(seen_by: dict, memory: Memory, overflow: Array, depth: int, length: int) -> Trace:
+def trace(seen_by: dict, memory: Memory, slots: Array, overflow: Array, depth: int, length: int) -> Trace:
   """What each block computed. seen_by: layer -> (the stream that attention saw, `updated` at the feed-forward)."""
   b = overflow.shape[0]
   nothing, nowhere = jnp.zeros(b), jnp.zeros((b, length))
-  columns = {name: [nothing] * depth for name in ('keys', 'key_rows', 'queries', 'rows')}
+  columns = {name: [nothing] * depth for name in ('keys', 'widest', 'key_rows', 'queries', 'rows')}
   kept = [nowhere] * depth
   for l, (tokens, updated) in seen_by.items():
     shared = tokens.seen.ndim == 2
     share = tokens.seen if shared else tokens.seen.mean(axis=1)
     columns['keys'][l - 1] = share.sum(-1)
+    columns['widest'][l - 1] = (tokens.seen if shared else tokens.seen.sum(-1).max(axis=1, keepdims=True)).sum(-1)
     # Where heads differ, every live slot is projected and each head then takes its own.
     columns['key_rows'][l - 1] = share.sum(-1) if shared else stream.live(tokens).sum(-1).astype(jnp.float32)
     columns['queries'][l - 1] = tokens.updated.sum(-1)
@@ -335,6 +337,7 @@ def trace(seen_by: dict, memory: Memory, overflow: Array, depth: int, length: in
     kept[l - 1] = stream.scatter_to_input(share, tokens.position, length)
   return Trace(
     **{name: jnp.stack(values, axis=1) for name, values in columns.items()},
+    slots=slots,
     kept=jnp.stack(kept, axis=1),
     overhead=memory.get('overhead_macs', nothing),
     overflow=overflow,

@@ -23,12 +23,12 @@ Batch = Mapping[str, Any]
 
 
 def measure(model: Classifier, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """One forward pass without dropout: logits [b c], keep_ratio [b l]; macs, dense_macs, overflow, length [b]."""
+  """One forward pass without dropout: logits [b c], keep_ratio [b l], and what a batch row cost [b]."""
   output = model.apply({'params': params}, batch)
   length = batch['mask'].sum(-1)
   return {
     'logits': output.logits,
-    'keep_ratio': flops.keep_ratio(output.trace, batch),
+    'keep_ratio': flops.keep_ratio(output.trace),
     'macs': flops.trace_macs(model.config, model.labels, model.head, output.trace),
     'dense_macs': flops.dense_macs(model.config, model.labels, model.head, length),
     'overflow': output.trace.overflow,

@@ -1,8 +1,8 @@
 """A trained model as a folder that others can read, and back.
 
 A dense model with the family's own head becomes the family's ForSequenceClassification. Any other becomes its
-backbone, which transformers' AutoModel reads, with head and reducer in tokenprune.safetensors beside it. Either
-way tokenprune.json says what transformers has no words for, and what is read is what was written, bit for bit.
+backbone, which transformers' AutoModel reads, with head and reducer in tokenprune.safetensors beside it. What
+transformers has no words for is in tokenprune.json. What is read is what was written, bit for bit.
 """
 
 import json
@@ -23,6 +23,7 @@ from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 
 SETTINGS, OWN_WEIGHTS, FORMAT = 'tokenprune.json', 'tokenprune.safetensors', 1
+OWN = ('head/', 'reducer/')  # the parameters in OWN_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,7 @@ def export(
   input, None = all the encoder takes. Raises UserError where the folder holds something else or is read-only.
   """
   folder = Path(folder)
-  if folder.exists() and not (
-    folder.is_dir() and (not any(folder.iterdir()) or (folder / SETTINGS).exists())
-  ):
-    raise UserError(f'{folder} exists and is no earlier export; expected a new folder to export to')
+  _refuse_foreign(folder)
   classifier = reducer_spec['name'] == 'none' and head == 'family' and readout == 'cls'
   settings = {
     'format': FORMAT,
@@ -92,14 +90,18 @@ def export(
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _refuse_foreign(folder: Path) -> None:
+  """Only a new folder, an empty one or an earlier export may be written to."""
+  if folder.is_dir() and (not any(folder.iterdir()) or (folder / SETTINGS).exists()):
+    return
+  if folder.exists():
+    raise UserError(f'{folder} exists and is no earlier export; expected a new folder to export to')
+
+
 def _own_weights(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """What the backbone has no place for: path -> array of the head and of the reducer."""
   flat = flatten_dict(dict(params), sep='/')
-  return {
-    path: np.ascontiguousarray(value)
-    for path, value in flat.items()
-    if path.startswith(('head/', 'encoder/reducer/'))
-  }
+  return {path: np.ascontiguousarray(value) for path, value in flat.items() if path.startswith(OWN)}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -131,8 +133,7 @@ def load_exported(folder: str | Path) -> Exported:
   settings = _read_settings(folder / SETTINGS)
   config, params, tokenizer = model_files.read(folder)
   if (folder / OWN_WEIGHTS).exists():
-    own = unflatten_dict(model_files.read_safetensors(folder / OWN_WEIGHTS), sep='/')
-    params = {'encoder': params['encoder'] | own.get('encoder', {}), 'head': own.get('head', {})}
+    params = {'encoder': params['encoder'], **_read_own_weights(folder / OWN_WEIGHTS)}
   _check_head(params.get('head', {}), config, settings, folder)
   return Exported(
     config=replace(config, dtype=settings['dtype']),
@@ -146,6 +147,16 @@ def load_exported(folder: str | Path) -> Exported:
   )
 
 
+def _read_own_weights(file: Path) -> dict[str, Any]:
+  tensors = model_files.read_safetensors(file)
+  for path, value in tensors.items():
+    if not path.startswith(OWN):
+      raise UserError(f'{file}: unknown tensor {path!r}; expected those of head and reducer. Export again.')
+    if not np.isfinite(value).all():
+      raise UserError(f'{file}: the tensor {path!r} holds NaN or infinite numbers; export the model again')
+  return unflatten_dict(tensors, sep='/')
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
   settings = model_files.read_json(file)
   if settings.get('format') != FORMAT:
@@ -155,9 +166,11 @@ def _read_settings(file: Path) -> dict[str, Any]:
   kinds = {'labels': list, 'readout': str, 'head': str, 'reducer': dict, 'max_length': int, 'dtype': str}
   for key, kind in kinds.items():
     if not isinstance(settings.get(key), kind):
-      raise UserError(
-        f'{file}: {key} is {settings.get(key)!r}; expected a {kind.__name__}. Export the model again.'
-      )
+      raise UserError(f'{file}: {key} is {settings.get(key)!r}; expected a {kind.__name__}. Export again.')
+  if settings['dtype'] not in model_files.DTYPES:
+    raise UserError(
+      f'{file}: dtype is {settings["dtype"]!r}; expected one of {", ".join(model_files.DTYPES)}'
+    )
   return settings
 
 

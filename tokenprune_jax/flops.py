@@ -6,7 +6,7 @@ Embeddings, LayerNorm, softmax and biases are left out; what a method computes i
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Float, Num
 
 from tokenprune_jax.encoder import EncoderConfig, Trace
 
@@ -34,6 +34,9 @@ def dense_macs(config: EncoderConfig, labels: int, head: str, lengths: Num[Array
   return config.depth * block_macs(config, n, n, n, n) + head_macs(config, labels, head)
 
 
-def keep_ratio(trace: Trace, mask: Bool[Array, 'b N'], added: int = 0) -> Float[Array, 'b L']:
-  """Share of the slots at the start (real tokens + `added`) that a head still attends to in each block, 0 if replaced."""
-  return trace.keys / jnp.maximum(mask.sum(-1, keepdims=True) + added, 1)
+def keep_ratio(trace: Trace) -> Float[Array, 'b L']:
+  """Share of an example's slots (real tokens, and those a method added) that a head attends to in each block.
+
+  1 everywhere in the plain encoder, 0 in a replaced block; padding is in neither count.
+  """
+  return trace.keys / trace.slots[:, None]

@@ -11,7 +11,7 @@ from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 
 # Parts of a model that a source need not have: they then keep their fresh values.
-OPTIONAL = ('head/', 'encoder/reducer/')
+OPTIONAL = ('head/', 'reducer/')
 # Fields of the encoder that parameters are tied to, beyond their shapes.
 BACKBONE = ('family', 'vocab_size', 'depth', 'heads', 'position_offset', 'pad_id', 'norm_eps', 'activation')
 
@@ -36,7 +36,7 @@ def graft(fresh: Mapping[str, Any], source: Mapping[str, Any], origin: str) -> d
     elif path in here:
       kept.append(path)
   if kept:
-    writer.say(f'starting afresh, because {origin} has none that fit: {", ".join(kept)}')
+    writer.say(f'new, not from {origin}: {", ".join(kept)}')
   return optim.unflatten(result)
 
 

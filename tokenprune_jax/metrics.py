@@ -73,15 +73,8 @@ def paired_bootstrap(
   """Paired bootstrap of the difference in accuracy; rows are seeds, columns the same test documents in order.
 
   A draw takes N documents with replacement, the same ones for every seed and for both models, and s seeds
-  with replacement; the interval lies between the 2.5% and the 97.5% quantile of the draws. Raises ValueError
-  where the two differ in shape or are empty.
+  with replacement; the interval lies between the 2.5% and the 97.5% quantile of the draws.
   """
-  method, dense = np.asarray(method), np.asarray(dense)
-  if method.shape != dense.shape or method.ndim != 2 or not method.size:
-    raise ValueError(
-      f'paired bootstrap: correctness of shape {method.shape} against {dense.shape}; '
-      'both must be [seeds documents] of the same runs and documents'
-    )
   gain = method.astype(np.float32) - dense.astype(np.float32)
   seeds, documents = gain.shape
   random = np.random.default_rng(seed)

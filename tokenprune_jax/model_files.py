@@ -16,6 +16,7 @@ from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+DTYPES = ('float32', 'bfloat16')  # that a model can compute in, whatever its file holds
 
 
 def read(folder: Path) -> tuple[EncoderConfig, dict[str, Any], Any]:

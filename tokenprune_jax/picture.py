@@ -131,28 +131,29 @@ def draw_words(axes: Any, boxes: Sequence[Box], top: float, lowest: float) -> No
   """The text itself: tint and ink by share, a bar by slot."""
   for box in boxes:
     y, strength = top + box.line * LINE, shade(box.word.share, lowest)
-    rectangle(axes, box.x - 2, y, box.width + 4, 25, mix((1, 1, 1), TINT, strength))
+    rectangle(axes, (box.x - 2, y, box.width + 4, 25), mix((1, 1, 1), TINT, strength))
     if box.word.slot >= 0:
-      rectangle(axes, box.x - 1, y + 26, box.width + 2, 4, SLOTS[box.word.slot % len(SLOTS)])
+      rectangle(axes, (box.x - 1, y + 26, box.width + 2, 4), SLOTS[box.word.slot % len(SLOTS)])
     ink = mix(FAINT, INK, strength)
     axes.text(box.x, y + 19, shown(box.word), fontsize=SIZE, color=ink, parse_math=False, va='baseline')
 
 
-def rectangle(axes: Any, x: float, y: float, width: float, height: float, colour: Any) -> None:
-  """A filled rectangle without an edge; x, y: its top left corner."""
+def rectangle(axes: Any, box: tuple, colour: Any) -> None:
+  """A filled rectangle without an edge; box: its top left corner x, y, its width and its height."""
   from matplotlib.patches import Rectangle
 
+  x, y, width, height = box
   axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor='none'))
 
 
 def draw_legend(axes: Any, reading: Reading, top: float) -> None:
   """What shades and bars mean, and the share of words left at each layer."""
-  rectangle(axes, MARGIN, top - 14, WIDTH - 2 * MARGIN, 1, '#d9dce1')
+  rectangle(axes, (MARGIN, top - 14, WIDTH - 2 * MARGIN, 1), '#d9dce1')
   style = {'fontsize': 11, 'color': '#333840', 'va': 'center', 'parse_math': False}
   lowest = scale_start(reading.words)
   axes.text(MARGIN, top + 8, 'Heads and layers that still see the word', **style)
   for i in range(60):
-    rectangle(axes, MARGIN + 5 * i, top + 24, 5, 20, mix((1, 1, 1), TINT, i / 59))
+    rectangle(axes, (MARGIN + 5 * i, top + 24, 5, 20), mix((1, 1, 1), TINT, i / 59))
   axes.text(MARGIN, top + 60, f'{lowest:.0%}', **style)
   axes.text(MARGIN + 300, top + 60, '100%', ha='right', **style)
   x = MARGIN + 360
@@ -161,8 +162,8 @@ def draw_legend(axes: Any, reading: Reading, top: float) -> None:
   small = {**style, 'ha': 'center', 'fontsize': 11 if step == 54 else 7.5}
   for layer, share in enumerate(reading.share_by_layer, 1):
     left, width = x + step * (layer - 1), 0.82 * step
-    rectangle(axes, left, top + 24 + 40 * (1 - share), width, 40 * share, TINT)
-    rectangle(axes, left, top + 64, width, 1, '#9aa0aa')
+    rectangle(axes, (left, top + 24 + 40 * (1 - share), width, 40 * share), TINT)
+    rectangle(axes, (left, top + 64, width, 1), '#9aa0aa')
     axes.text(left + width / 2, top + 50, f'{100 * share:.0f}' + '%' * (step == 54), **small)
     axes.text(left + width / 2, top + 78, str(layer), **small)
   slots = sorted({word.slot for word in reading.words if word.slot >= 0})
@@ -171,7 +172,7 @@ def draw_legend(axes: Any, reading: Reading, top: float) -> None:
     axes.text(x, top + 8, 'Combination slot (words in it)', **style)
   for i, slot in enumerate(slots[:16]):
     left, y = x + 92 * (i % 4), top + 34 + 24 * (i // 4)
-    rectangle(axes, left, y - 6, 20, 12, SLOTS[slot % len(SLOTS)])
+    rectangle(axes, (left, y - 6, 20, 12), SLOTS[slot % len(SLOTS)])
     count = sum(word.slot == slot for word in reading.words)
     axes.text(left + 27, y, f'{slot + 1} ({count})', **style)
 

@@ -92,7 +92,7 @@ class Predictor:
     self.params = jax.device_put(exported.params)
     self.forward = jax.jit(functools.partial(forward, self.model))
 
-  def predict(self, texts: Sequence[Text], batch_size: int = 16) -> list[dict[str, Any]]:
+  def predict(self, texts: Sequence[Any], batch_size: int = 16) -> list[dict[str, Any]]:
     """One dict a text, in order: text, label, probabilities {label: p}, kept [{word, share}] and truncated.
 
     texts: strings, or pairs of strings. kept: the words that some head still sees at the last layer that has
@@ -106,7 +106,7 @@ class Predictor:
     """Everything about one text, for pictures."""
     return self.readings([text], 1)[0]
 
-  def readings(self, texts: Sequence[Text], batch_size: int) -> list[Reading]:
+  def readings(self, texts: Sequence[Any], batch_size: int) -> list[Reading]:
     """A reading of each text, in order; texts of like length share a batch."""
     texts = checked(texts)
     split = data.encode([first(text) for text in texts], self.tokenizer, self.max_length, seconds(texts))
@@ -141,18 +141,16 @@ def forward(model: models.Classifier, params: Any, batch: dict[str, Any]) -> dic
   return {'probabilities': probabilities, 'kept': output.trace.kept, 'assignment': output.trace.assignment}
 
 
-def checked(texts: Sequence[Text]) -> list[Text]:
-  """The texts as a list. Raises UserError as `Predictor.predict` says."""
+def checked(texts: Sequence[Any]) -> list[Text]:
+  """The texts as a list of strings or of pairs (tuples). Raises UserError as `Predictor.predict` says."""
   if isinstance(texts, str):
     raise UserError('predict was given one string; expected a list of texts. Write predict([text]).')
   texts = [tuple(text) if isinstance(text, list) else text for text in texts]
   if not texts:
     raise UserError('predict was given no texts; expected at least one.')
   for place, text in enumerate(texts):
-    parts = text if isinstance(text, tuple) else (text,)
-    if len(parts) not in (1, 2) or (isinstance(text, tuple) and len(parts) == 1) or not all(
-      isinstance(part, str) for part in parts
-    ):  # fmt: skip
+    parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+    if not all(isinstance(part, str) for part in parts):
       raise UserError(f'text number {place + 1} is {text!r:.60}; expected a string, or a pair of strings.')
     if not all(part.strip() for part in parts):
       raise UserError(f'text number {place + 1} is empty; expected some words. Leave it out.')
@@ -182,8 +180,9 @@ def merge(parts: Sequence[str], encoding: Any, kept: np.ndarray, assignment: np.
   """Word pieces as words: the mean of their shares in kept [layers n], and the slot of the first."""
   pieces: dict[tuple[int, int], list[int]] = {}
   for token, (part, word) in enumerate(zip(encoding.sequence_ids, encoding.word_ids)):
-    if part is not None and word is not None:  # not a special token
-      pieces.setdefault((part, word), []).append(token)
+    if word is not None:  # not a special token
+      # Where two encodings were joined, the tokenizer marks the second text only.
+      pieces.setdefault((part or 0, word), []).append(token)
   last_part, end = 0, 0
   for (part, _), tokens in pieces.items():
     start, stop = encoding.offsets[tokens[0]][0], encoding.offsets[tokens[-1]][1]

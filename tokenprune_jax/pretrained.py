@@ -5,8 +5,8 @@ The parameters of a model, whatever its family or method (kernels [in out], tabl
   encoder/embeddings/{word,position,type}/embedding, encoder/embeddings/norm/{scale,bias}
   encoder/relative_bias/embedding                      MPNet only; no `type` in DistilBERT and MPNet
   encoder/block_1 ... /{query,key,value,out,up,down}/{kernel,bias}, /{attention_norm,output_norm}/{scale,bias}
-  encoder/reducer/...                                  the method's own; never in a pretrained model
   head/dense/{kernel,bias}, head/out/{kernel,bias}     `dense` only in the family's own head
+  reducer/...                                          the method's own; never in a pretrained model
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,6 @@ from tokenprune_jax.errors import UserError
 from tokenprune_jax.export import Exported, export, load_exported
 
 __all__ = ['Exported', 'Pretrained', 'export', 'load', 'load_exported']
-DTYPES = ('float32', 'bfloat16')
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def _override(config, dropout, attention_dropout, dtype):
         raise UserError(f'model.{name} is {value}; expected a probability from 0 up to, not including, 1')
       config = replace(config, **{name: float(value)})
   if dtype is not None:
-    if dtype not in DTYPES:
-      raise UserError(f'model.dtype is {dtype!r}; expected one of {", ".join(DTYPES)}')
+    if dtype not in model_files.DTYPES:
+      raise UserError(f'model.dtype is {dtype!r}; expected one of {", ".join(model_files.DTYPES)}')
     config = replace(config, dtype=dtype)
   return config
 

@@ -31,18 +31,16 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
   sharding.check_batch('optimizer.batch_size', optimizer['batch_size'], optimizer['accumulate'])
   sharding.check_batch('eval.batch_size', config['eval']['batch_size'])
   mesh, task = sharding.make_mesh(config['parallel']['fsdp']), tasks.make(config['task']['name'])
-  weights = load_weights(config)
-  max_length = config['data']['max_length']
+  weights, max_length = load_weights(config), config['data']['max_length']
+  for stage in config['stages']:  # a wrong setting of the last stage is not to be found after the first one
+    spec = stages.reducer_spec(config['reducer'], (), stage)
+    stages.find_objective(stage, spec, task)
+    classifier(config, weights, spec, labels=2)
   dataset = data.load(config['data'], weights.tokenizer, max_length, data.cache_dir(), seed=config['seed'])
   writer.say(dataset.describe())
   buckets = (*(length for length in config['data']['buckets'] if length < max_length), max_length)
   out = sharding.on_first(lambda: writer.MetricsWriter(folder))
-  session = Session(config, folder, mesh, task, weights, dataset, buckets, out)
-  for stage in config['stages']:  # a wrong setting of the last stage is not to be found after the first one
-    spec = stages.reducer_spec(config['reducer'], (), stage)
-    make_model(session, spec)
-    stages.find_objective(stage, spec, task)
-  return session
+  return Session(config, folder, mesh, task, weights, dataset, buckets, out)
 
 
 def load_weights(config: Mapping[str, Any]) -> pretrained.Pretrained:
@@ -63,16 +61,16 @@ def load_weights(config: Mapping[str, Any]) -> pretrained.Pretrained:
 
 def make_model(session: Session, spec: Mapping[str, Any]) -> Classifier:
   """The model with the reducer of `spec`. Raises UserError where the two do not fit."""
-  task, executor = session.config['task'], session.config['model']['executor']
-  model = Classifier(
-    session.weights.config,
-    make_reducer(spec),
-    len(session.dataset.labels),
-    task['readout'],
-    task['head'],
-    executor,
-  )
-  return model.check()
+  return classifier(session.config, session.weights, spec, len(session.dataset.labels))
+
+
+def classifier(
+  config: Mapping[str, Any], weights: pretrained.Pretrained, spec: Mapping[str, Any], labels: int
+) -> Classifier:
+  """As `make_model`, where the dataset is not there yet."""
+  task, reducer = config['task'], make_reducer(spec)
+  executor = config['model']['executor']
+  return Classifier(weights.config, reducer, labels, task['readout'], task['head'], executor).check()
 
 
 def batches(session: Session, split: str, batch_size: int, *, seed: int = 0, shuffle: bool = False) -> Any:

@@ -179,6 +179,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
   config['stages'] = tuple(
     complete(stage, STAGE, f'stages[{i}].') for i, stage in enumerate(config['stages'])
   )
+  check_reducer(config['reducer'], 'config.reducer')
   names = [stage['name'] for stage in config['stages']]
   if len(set(names)) < len(names):
     raise UserError(f'config.stages: the names {names} are not all different; give each stage its own.')
@@ -199,6 +200,17 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
       'of process 0, the same for all, such as 127.0.0.1:9911.'
     )
   return config
+
+
+def check_reducer(spec: Any, path: str) -> None:
+  """Raises UserError unless `spec` looks like {'name': …}, in a chain with such ones under 'reducers'."""
+  if not isinstance(spec, Mapping) or not isinstance(spec.get('name'), str):
+    raise UserError(f"{path} is {spec!r}; expected a dict with the reducer's 'name' and its fields.")
+  members = spec.get('reducers', ())
+  if not isinstance(members, (list, tuple)):
+    raise UserError(f'{path}.reducers is {members!r}; expected a tuple of reducers.')
+  for i, member in enumerate(members):
+    check_reducer(member, f'{path}.reducers[{i}]')
 
 
 def complete(given: Any, default: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ HUB_FILES = [
   'special_tokens_map.json',
   'added_tokens.json',
 ]
-HUB_TIMEOUT = 5.0  # seconds for the hub to answer at all
+HUB_TIMEOUT = 5.0  # seconds for the hub's first answer
 
 
 def cache_dir() -> Path:
@@ -180,14 +180,20 @@ class JoinedFile(io.RawIOBase):
 
 
 def _hub_folder(name: str) -> Path:
-  """The hub's snapshot, from its local cache where that is whole. HF_HUB_OFFLINE and HF_HOME are honoured."""
-  from huggingface_hub import snapshot_download  # not above: only this source needs it
+  """The hub's snapshot, or what its local cache has of it. HF_HUB_OFFLINE and HF_HOME are honoured."""
+  from huggingface_hub import HfApi, snapshot_download  # not above: only this source needs it
 
   try:
-    return Path(snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT))
+    HfApi().model_info(name, timeout=HUB_TIMEOUT)  # snapshot_download would wait for an answer for ever
+    trouble = None
+  except Exception as error:  # noqa: BLE001 (network errors differ by release; the cache may still have it)
+    trouble = error
+  try:
+    return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=trouble is not None))
   except Exception as error:
-    first = str(error).partition('\n')[0]
+    reason = trouble or error
+    first = str(reason).partition('\n')[0]
     raise UserError(
-      f'cannot get {name!r} from the Hugging Face hub ({type(error).__name__}: {first}) and it is not in the '
+      f'cannot get {name!r} from the Hugging Face hub ({type(reason).__name__}: {first}); it is not in the '
       f'local cache. Check the name and the network, or use weights that are here; expected {_KNOWN}.'
     ) from error

@@ -11,12 +11,11 @@ from jax.experimental import multihost_utils
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
-  """The run was told to stop and has saved; `code` is the exit status that says so."""
+class Stopped(SystemExit):
+  """The run was told to stop, has saved, and ends with the status of a process that the signal ended."""
 
-  def __init__(self, message: str, number: int):
-    super().__init__(message)
-    self.code = 128 + number  # as a shell reports a process that the signal ended
+  def __init__(self, number: int):
+    super().__init__(128 + number)
 
 
 class Interrupted(Exception):

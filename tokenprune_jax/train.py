@@ -212,11 +212,10 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
       if saved_step != position.step:
         save()
       checkpoints.wait()
-      raise Stopped(
-        f'stopped after step {position.total}, saved in {checkpoints.path(position.total)}; '
-        'the same command goes on from there.',
-        stop.number,
-      )
+      recorder.close()
+      saved = checkpoints.path(position.total)
+      writer.say(f'stopped, and saved in {saved}; the same command goes on from there')
+      raise Stopped(stop.number)
     if position.step == steps or 0 < options['patience'] <= position.worse:
       break
     if position.step % config['checkpoint']['every'] == 0 and position.step != saved_step:

@@ -21,8 +21,8 @@ STORAGE_ERRORS = frozenset(
 def storage_error(error: OSError, path: str | os.PathLike) -> UserError:
   """The UserError for a file that could not be written."""
   return UserError(
-    f'cannot write {error.filename or path}: {error.strerror or error}. Free some space or choose another '
-    '--workdir; the same command then goes on from the last checkpoint.'
+    f'cannot write {error.filename or path}: {error.strerror or error}. The workdir has to be writable '
+    'and to have room; once it is, the same command goes on from the last checkpoint.'
   )
 
 

@@ -22,20 +22,16 @@ ENDLESS = min(sys.maxsize, 2**62)  # steps of a training iterator
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-  """rows [steps b] int: example in each row of each global batch, -1 = filler. widths [steps] int: slots of a
-  row.
-  """
+  """What is in each global batch."""
 
-  rows: Int[np.ndarray, 'steps b']
-  widths: Int[np.ndarray, ' steps']
+  rows: Int[np.ndarray, 'steps b']  # example of the split, -1 = filler
+  widths: Int[np.ndarray, ' steps']  # slots of a row
 
 
 def plan_epoch(
   lengths: Int[np.ndarray, ' N'], buckets: Sequence[int], batch_size: int, key: tuple[int, int] | None
 ) -> Epoch:
-  """The batches of one epoch. key: (seed, epoch) to shuffle by, or None for the split's order, shortest
-  bucket first.
-  """
+  """The batches of one epoch. key: (seed, epoch) to shuffle by; None: shortest bucket first, in order."""
   rng = None if key is None else np.random.default_rng(key)
   order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
   bucket = np.searchsorted(buckets, lengths[order])

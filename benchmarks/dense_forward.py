@@ -1,0 +1,90 @@
+"""The dense forward pass beside torch: 12 x 768, BERT, the same shapes, in turns in one process.
+
+    python benchmarks/dense_forward.py [--dtype=float32] [--repeats=7]
+
+Writes results/dense_forward.json. Bar: throughput >= 0.75 of `transformers` with SDPA in float32 at 8 x 128 and 8 x 512.
+The weights are torch's own, read through `pretrained`, so both compute the same numbers; the difference is in each row.
+"""
+
+import argparse
+import pathlib
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so that this file can be run by its path
+
+import jax
+import numpy as np
+
+from benchmarks import measure, report
+from tokenprune_jax import pretrained, workdir
+from tokenprune_jax.encoder import Encoder
+from tokenprune_jax.models import make_reducer
+from tokenprune_jax.reducer import Inputs
+
+SHAPES = ((8, 128), (8, 512), (1, 512))
+
+
+def torch_encoder(dtype: str):
+  """(module, folder with its weights): BERT-base with random weights and SDPA."""
+  import torch
+  from transformers import BertConfig, BertModel, BertTokenizer
+
+  torch.manual_seed(0)
+  model = BertModel(BertConfig(attn_implementation='sdpa'), add_pooling_layer=False).eval()
+  folder = tempfile.mkdtemp()
+  model.save_pretrained(folder)
+  BertTokenizer(vocab={'[PAD]': 0, '[UNK]': 1, '[CLS]': 2, '[SEP]': 3, '[MASK]': 4}).save_pretrained(folder)
+  return model.to(getattr(torch, dtype)), folder
+
+
+def rows(dtype: str, repeats: int) -> list[dict]:
+  """One row a shape."""
+  import torch
+
+  peer, folder = torch_encoder(dtype)
+  weights = pretrained.load(folder, dtype=dtype)
+  encoder = Encoder(weights.config, make_reducer({'name': 'none'}))
+  params = jax.device_put(weights.params['encoder'])
+  forward = jax.jit(lambda params, inputs: encoder.apply({'params': params}, inputs)[0].x)
+  found = []
+  for batch, length in SHAPES:
+    ids = np.random.default_rng(0).integers(5, 30000, (batch, length)).astype(np.int32)
+    inputs = Inputs(ids, np.ones_like(ids, bool), np.zeros_like(ids), {})
+    torch_ids, torch_mask = torch.from_numpy(ids).long(), torch.ones(ids.shape, dtype=torch.long)
+
+    def ours(inputs=inputs):
+      return np.asarray(forward(params, inputs))
+
+    def theirs(ids=torch_ids, mask=torch_mask):
+      with torch.inference_mode():
+        return peer(input_ids=ids, attention_mask=mask).last_hidden_state.float().numpy()
+
+    difference = float(np.abs(ours() - theirs()).max())
+    load = measure.load_before()
+    times = measure.in_turns({'ours': ours, 'torch_sdpa': theirs}, repeats)
+    found.append({
+      'model': 'bert 12 x 768', 'method': 'none', 'executor': 'mask', 'batch': batch, 'length': length, 'dtype': dtype,
+      'seconds': times['ours']['seconds'], 'quartiles': times['ours']['quartiles'],
+      'torch_sdpa_seconds': times['torch_sdpa']['seconds'], 'torch_sdpa_quartiles': times['torch_sdpa']['quartiles'],
+      'throughput_ratio': times['torch_sdpa']['seconds'] / times['ours']['seconds'],
+      'max_difference': difference, 'load_before': load,
+    })  # fmt: skip
+    print({key: found[-1][key] for key in ('batch', 'length', 'seconds', 'torch_sdpa_seconds', 'throughput_ratio')})
+  return found
+
+
+def main() -> None:
+  """Measures and writes."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
+  parser.add_argument('--repeats', type=int, default=7)
+  parser.add_argument('--out', default='results/dense_forward.json')
+  options = parser.parse_args()
+  command = f'python benchmarks/dense_forward.py --dtype={options.dtype} --repeats={options.repeats}'
+  found = rows(options.dtype, options.repeats)
+  workdir.write_json(pathlib.Path(options.out), {**report.header(command), 'rows': found})
+
+
+if __name__ == '__main__':
+  main()

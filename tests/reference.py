@@ -1,0 +1,88 @@
+"""NumPy loops that the tests compare the arrays with, and the small model that they share."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.models import Classifier, make_reducer
+
+TINY_CONFIG = EncoderConfig(
+  vocab_size=60, width=32, depth=4, heads=4, hidden=48, max_positions=40, dropout=0.0, attention_dropout=0.0, attention='plain'
+)
+
+
+def ragged_batch(lengths, length, seed=0, vocab=60):
+  """A padded batch of random ids."""
+  rng = np.random.default_rng(seed)
+  rows = [rng.integers(5, vocab, n) for n in lengths]
+  ids = np.stack([np.pad(row, (0, length - len(row))) for row in rows]).astype(np.int32)
+  mask = np.arange(length)[None] < np.asarray(lengths)[:, None]
+  return {'ids': ids, 'mask': mask, 'types': np.zeros_like(ids)}
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(model, train):
+  """The jitted forward pass of a model, once a test session."""
+  return jax.jit(functools.partial(model.apply, train=train))
+
+
+def apply(model, params, batch, train=False, rngs=None):
+  """The compiled forward pass of a NumPy batch."""
+  batch = {name: jnp.asarray(values) for name, values in batch.items()}
+  return compiled(model, train)({'params': params}, batch, rngs=rngs)
+
+
+def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
+  """A model and parameters far from their initial values, so that no two tokens look alike."""
+  model = Classifier(config, make_reducer(spec), labels=3, **kwargs).check()
+  params = model.init_params(jax.random.key(seed))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
+  return model, jax.tree.unflatten(tree, noisy)
+
+
+def attention_loop(query, key, value, seen, bias=None):
+  """Soft-masked attention of one head, one pair at a time: (mixed [q e], weights [q k])."""
+  weights = np.zeros((len(query), len(key)))
+  for i, q in enumerate(query):
+    scores = [float(q @ k) / math.sqrt(len(q)) for k in key]
+    if bias is not None:
+      scores = [s + b for s, b in zip(scores, bias[i])]
+    top = max((s for s, alive in zip(scores, seen) if alive > 0), default=0.0)
+    total = sum(math.exp(s - top) * alive for s, alive in zip(scores, seen))
+    for j, (s, alive) in enumerate(zip(scores, seen)):
+      weights[i, j] = math.exp(s - top) * alive / total if alive > 0 else 0.0
+  return weights @ value, weights
+
+
+def fuzzy_loop(rule, scores, valid, ratio, alpha_important, alpha_unimportant, count):
+  """Kept keys of one example [h n], from the definitions: memberships, alpha-cuts, then the rule head by head."""
+  pooled = np.array([s for row, ok in zip(scores, valid) for s, v in zip(row, ok) if v])
+  low, high = np.quantile(pooled, 0.25), np.quantile(pooled, 0.75)
+  keep = np.zeros(scores.shape, bool)
+  for h, row in enumerate(scores):
+    order = sorted((j for j in range(len(row)) if valid[h, j]), key=lambda j: (-row[j], j))
+    core = set()
+    for j in order:
+      importance = 1.0 if high == low else min(max((row[j] - low) / (high - low), 0), 1)
+      unimportance = 0.0 if high == low else min(max((high - row[j]) / (high - low), 0), 1)
+      if importance >= alpha_important and not unimportance >= alpha_unimportant:
+        core.add(j)
+    if rule == 'complement':
+      candidates = [j for j in order if j not in core]
+      chosen = core | set(candidates[: next_count(ratio, len(candidates))])
+    else:
+      chosen = set(order[:count]) | (core if rule == 'protect' else set())
+    keep[h, list(chosen)] = True
+  return keep
+
+
+def next_count(ratio, t):
+  """floor(ratio * t) in decimals, at least one of any."""
+  thousandths = round(ratio * 1000)
+  return max(thousandths * t // 1000, 1) if t else 0

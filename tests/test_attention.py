@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.reference import attention_loop
+from tokenprune_jax import attention
+from tokenprune_jax.attention import Mixing
+
+
+def mix(*arguments):
+  """`attention.mix` of NumPy arrays."""
+  return attention.mix(*(jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments))
+
+
+READS = ('received', 'entropy', 'first_row', 'weights')
+
+
+def arrays(seen_per_head=False, b=3, h=2, n=7, e=4):
+  rng = np.random.default_rng(0)
+  query, key, value = (rng.normal(size=(b, h, n, e)).astype(np.float32) for _ in range(3))
+  seen = (rng.random((b, h if seen_per_head else 1, n)) < 0.7).astype(np.float32)
+  seen[..., 0] = 1
+  updated = (np.arange(n)[None] < np.array([7, 5, 3])[:, None]).astype(np.float32)
+  bias = rng.normal(size=(1, h, n, n)).astype(np.float32)
+  return query, key, value, seen, updated, bias
+
+
+@pytest.mark.parametrize('mapped', [False, True])
+@pytest.mark.parametrize('soft', [False, True])
+@pytest.mark.parametrize('per_head', [False, True])
+def test_mix_equals_a_loop(mapped, soft, per_head):
+  query, key, value, seen, updated, bias = arrays(per_head)
+  mixed, found = mix(query, key, value, seen, updated, bias, None, Mixing(READS, soft, mapped=mapped))
+  for b in range(3):
+    for h in range(2):
+      alive = seen[b, h if per_head else 0]
+      expected, weights = attention_loop(query[b, h], key[b, h], value[b, h], alive, bias[0, h])
+      np.testing.assert_allclose(mixed[b, h], expected, atol=1e-5)
+      np.testing.assert_allclose(found['weights'][b, h], weights, atol=1e-6)
+      np.testing.assert_allclose(found['first_row'][b, h], weights[0], atol=1e-6)
+      received = (weights * updated[b][:, None]).sum(0)
+      np.testing.assert_allclose(found['received'][b, h], received, atol=1e-5)
+      for j in np.flatnonzero(received > 0):
+        share = weights[updated[b] > 0, j] / received[j]
+        np.testing.assert_allclose(found['entropy'][b, h, j], -(share * np.log(share)).sum(), atol=1e-4)
+
+
+def test_unseen_equals_absent_bit_for_bit():
+  query, key, value, _, updated, _ = arrays()
+  seen = np.ones((3, 1, 7), np.float32)
+  seen[..., 5:] = 0
+  key[..., 5:, :], value[..., 5:, :] = 1e4, -1e4  # what a removed token holds must not matter
+  masked, _ = mix(query, key, value, seen, updated, None, None, Mixing())
+  absent, _ = mix(query, key[..., :5, :], value[..., :5, :], seen[..., :5], updated, None, None, Mixing())
+  np.testing.assert_allclose(masked, absent, atol=1e-6)
+  key[..., 5:, :], value[..., 5:, :] = -7.0, 3.0
+  again, _ = mix(query, key, value, seen, updated, None, None, Mixing())
+  np.testing.assert_array_equal(masked, again)
+
+
+def test_a_row_that_sees_nothing_is_zero_and_has_finite_gradients():
+  query, key, value, seen, updated, _ = arrays()
+  for soft in (False, True):
+
+    def total(query, seen, soft=soft):
+      return mix(query, key, value, seen, updated, None, None, Mixing(soft=soft))[0].sum()
+
+    assert total(query, seen * 0) == 0
+    for gradient in jax.grad(total, (0, 1))(query, jnp.zeros_like(seen)):
+      assert np.isfinite(gradient).all()
+
+
+def test_hard_weights_have_the_gradient_of_soft_weights():
+  scores = jax.random.normal(jax.random.key(0), (2, 3, 5, 6))
+  seen = jnp.array([1.0, 0, 1, 1, 0, 1])[None, None, None]
+  probe = jax.random.normal(jax.random.key(1), scores.shape)
+  hard, soft = (jax.grad(lambda s, f=f: (f(s, seen) * probe).sum())(scores) for f in (attention.hard_weights, attention.soft_weights))
+  np.testing.assert_allclose(hard, soft, atol=1e-6)
+
+
+def test_soft_seen_has_the_gradient_of_finite_differences():
+  scores = jax.random.normal(jax.random.key(0), (1, 1, 3, 4))
+  probe = jax.random.normal(jax.random.key(1), scores.shape)
+  seen = jnp.array([0.9, 0.4, 0.6, 0.2])[None, None, None]
+
+  def value(seen):
+    return float((attention.soft_weights(scores, seen) * probe).sum())
+
+  gradient = jax.grad(lambda s: (attention.soft_weights(scores, s) * probe).sum())(seen)
+  for j in range(4):
+    step = jnp.zeros_like(seen).at[..., j].set(1e-2)
+    np.testing.assert_allclose(gradient[..., j].item(), (value(seen + step) - value(seen - step)) / 2e-2, atol=2e-3)
+
+
+def test_dropout_is_of_the_stated_rate_and_leaves_evidence_alone():
+  query, key, value, seen, updated, _ = arrays()
+  ones = np.ones_like(seen)
+  for mapped in (False, True):
+    how = Mixing(('received',), dropout=0.5, mapped=mapped)
+    mixed, found = mix(query * 0, key, np.ones_like(value), ones, updated, None, jax.random.key(0), how)
+    plain, expected = mix(query * 0, key, np.ones_like(value), ones, updated, None, None, Mixing(('received',)))
+    np.testing.assert_allclose(found['received'], expected['received'], atol=1e-6)
+    assert abs(float(mixed.mean()) - 1) < 0.15 and float(mixed.std()) > 0.2 and float(plain.std()) < 1e-6
+
+
+def test_relative_bucket_is_symmetric_exact_when_near_and_capped_when_far():
+  distance = jnp.arange(-300, 301)
+  bucket = np.asarray(attention.relative_bucket(distance, 32))
+  assert bucket[300] == 0 and (bucket[300 + 1 : 300 + 8] == 16 + np.arange(1, 8)).all()
+  np.testing.assert_array_equal(bucket[:300][::-1] + 16, bucket[301:])
+  assert bucket.max() == 31 and (np.diff(bucket[301:]) >= 0).all()

@@ -1,0 +1,142 @@
+"""What holds for every method: the files of `reducers/` are found by listing the folder, and run with their own settings."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.reference import TINY_CONFIG, apply, model_and_params, ragged_batch
+from tokenprune_jax import flops
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import Classifier, make_reducer, method_names
+
+METHODS = method_names()
+LENGTHS = (14, 9, 5, 2, 1)
+BATCH = ragged_batch(LENGTHS, 14)
+FAMILIES = {
+  'bert': TINY_CONFIG,
+  'mpnet': dataclasses.replace(TINY_CONFIG, family='mpnet', type_vocab=0, position_offset=2, relative_buckets=32, pad_id=1),
+}
+
+
+def settings(name, which):
+  return {'name': name, **getattr(importlib.import_module(f'tokenprune_jax.reducers.{name}'), which)}
+
+
+def close(a, b, tolerance=1e-4):
+  np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('attention', ['plain', 'mapped'])
+@pytest.mark.parametrize('name', METHODS)
+def test_compact_equals_mask(name, attention, family):
+  config = dataclasses.replace(FAMILIES[family], attention=attention)
+  model, params = model_and_params(settings(name, 'TINY'), config)
+  masked = apply(model, params, BATCH)
+  compact = apply(model.clone(executor='compact'), params, BATCH)
+  assert not np.asarray(compact.trace.overflow).any()
+  close(masked.logits, compact.logits)
+  for field in ('keys', 'queries', 'rows', 'kept'):
+    close(getattr(masked.trace, field), getattr(compact.trace, field), 1e-5)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_compact_has_the_gradient_of_mask(name):
+  model, params = model_and_params(settings(name, 'TINY'))
+
+  def gradient(model):
+    return jax.jit(jax.grad(lambda p: jax.nn.log_softmax(apply(model, p, BATCH).logits)[:, 0].sum()))(params)
+
+  masked, compact = gradient(model), gradient(model.clone(executor='compact'))
+  for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(compact)):
+    np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(jnp.abs(a).max())))
+
+
+@pytest.mark.parametrize('executor', ['mask', 'compact'])
+@pytest.mark.parametrize('name', METHODS)
+def test_padding_and_batch_mates_change_nothing(name, executor):
+  model, params = model_and_params(settings(name, 'TINY'), executor=executor)
+  together = apply(model, params, BATCH)
+  wider = apply(model, params, {k: np.pad(v, ((0, 0), (0, 4))) for k, v in BATCH.items()})
+  close(together.logits, wider.logits)
+  close(together.trace.kept, wider.trace.kept[..., :14], 1e-5)
+  for i, n in enumerate(LENGTHS):
+    alone = apply(model, params, {k: v[i : i + 1, :n] for k, v in BATCH.items()})
+    close(together.logits[i], alone.logits[0])
+    close(together.trace.kept[i, :, :n], alone.trace.kept[0], 1e-5)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_what_padding_holds_changes_nothing_bit_for_bit(name):
+  model, params = model_and_params(settings(name, 'TINY'))
+  other = {**BATCH, 'ids': np.where(BATCH['mask'], BATCH['ids'], 7).astype(np.int32)}
+  np.testing.assert_array_equal(apply(model, params, BATCH).logits, apply(model, params, other).logits)
+
+
+@pytest.mark.parametrize('executor', ['mask', 'compact'])
+@pytest.mark.parametrize('name', METHODS)
+def test_neutral_setting_is_the_plain_encoder(name, executor):
+  plain, params = model_and_params({'name': 'none'})
+  model, own = model_and_params(settings(name, 'NEUTRAL'), executor=executor)
+  both = {**own, **params}
+  close(apply(plain, params, BATCH).logits, apply(model, both, BATCH).logits, 1e-6)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_backbone_has_the_same_parameters_under_every_method(name):
+  plain, _ = model_and_params({'name': 'none'})
+  model, _ = model_and_params(settings(name, 'TINY'))
+  shapes = [jax.eval_shape(m.init_params, jax.random.key(0))['encoder'] for m in (plain, model)]
+  assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_class_token_is_kept_when_it_is_read_out(name):
+  model, params = model_and_params(settings(name, 'TINY'), readout='cls')
+  trace = apply(model, params, BATCH).trace
+  live = np.asarray(trace.keys) > 0
+  combined = np.asarray(trace.assignment).max() >= 0
+  assert combined or (np.asarray(trace.kept)[..., 0][live] == 1).all()
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_costs_are_counted_on_real_tokens(name):
+  model, params = model_and_params(settings(name, 'TINY'))
+  trace = apply(model, params, BATCH).trace
+  macs = np.asarray(flops.trace_macs(model.config, 3, 'linear', trace))
+  wider = apply(model, params, {k: np.pad(v, ((0, 0), (0, 4))) for k, v in BATCH.items()}).trace
+  close(macs, flops.trace_macs(model.config, 3, 'linear', wider), 1.0)
+  dense = np.asarray(flops.dense_macs(model.config, 3, 'linear', jnp.array(LENGTHS)))
+  assert name == 'none' and (macs == dense).all() or (name != 'none' and macs[0] < dense[0])
+  ratio = np.asarray(flops.keep_ratio(trace))
+  assert (ratio >= 0).all() and (ratio <= 1 + 1e-6).all() and (ratio[:, 0] == 1).all()
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_bfloat16_stays_close_and_reads_out_float32(name):
+  model, params = model_and_params(settings(name, 'TINY'))
+  half = Classifier(dataclasses.replace(TINY_CONFIG, dtype='bfloat16'), model.reducer, 3)
+  logits = apply(half, params, BATCH).logits
+  assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
+  if name == 'none':
+    close(logits, apply(model, params, BATCH).logits, 0.15)
+
+
+@pytest.mark.parametrize(
+  ('spec', 'words'),
+  [
+    ({'name': 'fuzy'}, "'fuzy'.*did you mean 'fuzzy'"),
+    ({}, 'reducer.name is None'),
+    ({'name': 'fuzzy', 'ration': 0.5}, "no setting 'ration'.*did you mean 'ratio'"),
+    ({'name': 'fuzzy', 'ratio': 'high'}, "ratio is 'high'"),
+    ({'name': 'combine', 'slots': 2.5}, 'slots is 2.5'),
+    ({'name': 'chain', 'reducers': [{'name': 'nothing'}]}, "'nothing'"),
+  ],
+)
+def test_a_wrong_spec_is_refused_with_what_there_is(spec, words):
+  with pytest.raises(UserError, match=words):
+    make_reducer(spec)
