@@ -1,4 +1,4 @@
-"""Which documents are in which split: no text twice, classes in their shares, whatever the order of the file."""
+"""Which documents are in which split: no text twice, classes in their shares, whatever the order of rows."""
 
 import numpy as np
 import pytest

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from tokenprune_jax import initial, optim, settings, stages, train, workdir, writer
+from tokenprune_jax import initial, models, optim, pretrained, settings, stages, train, workdir, writer
 from tokenprune_jax.errors import UserError
 
 PARAMS = {
@@ -148,15 +148,24 @@ def test_a_teacher_is_an_earlier_stage():
 
 
 def test_grafting_takes_what_fits_and_refuses_another_backbone(capsys):
-  fresh = {'encoder': {'w': np.zeros(2)}, 'reducer': {'c': np.zeros(3)}, 'head': {'out': np.zeros(2)}}
-  source = {'encoder': {'w': np.ones(2)}, 'head': {'out': np.ones(5)}}
-  result = initial.graft(fresh, source, 'here')
-  assert result['encoder']['w'][0] == 1 and result['head']['out'][0] == 0
-  assert 'reducer/c' in capsys.readouterr().err
-  with pytest.raises(UserError, match=r'encoder/w has shape \(4,\) there and \(2,\) here'):
-    initial.graft(fresh, {'encoder': {'w': np.ones(4)}}, 'here')
-  with pytest.raises(UserError, match='encoder/extra'):
-    initial.graft(fresh, {'encoder': {'w': np.ones(2), 'extra': np.ones(1)}}, 'here')
+  weights = pretrained.load('random:bert:layers=2,width=8,heads=1,hidden=8,vocab=128,length=16')
+  reducer = models.make_reducer({'name': 'combine', 'slots': 2, 'layer': 2})
+  model = models.Classifier(weights.config, reducer, 3)
+  source = weights.params | {'head': {'out': {'bias': np.ones(3, np.float32), 'kernel': np.ones((8, 5))}}}
+  result = initial.graft(model, jax.random.key(0), source, 'here')
+  assert jax.tree.map(np.shape, result) == jax.tree.map(lambda x: x.shape, initial.param_shapes(model))
+  assert np.array_equal(
+    result['encoder']['block_1']['up']['kernel'], source['encoder']['block_1']['up']['kernel']
+  )
+  assert np.all(result['head']['out']['bias'] == 1) and result['head']['out']['kernel'].std() > 0
+  said = capsys.readouterr().err
+  assert 'head/out/kernel' in said and 'reducer/tokens/embedding' in said and 'bias,' not in said
+  encoder = dict(weights.params['encoder'])
+  with pytest.raises(UserError, match=r'encoder/extra/w has shape \(1,\) there and None here'):
+    initial.graft(model, jax.random.key(0), {'encoder': encoder | {'extra': {'w': np.ones(1)}}}, 'here')
+  del encoder['block_2']
+  with pytest.raises(UserError, match=r'encoder/block_2/attention_norm/bias has shape None there'):
+    initial.graft(model, jax.random.key(0), {'encoder': encoder}, 'here')
 
 
 # ------------------------------------------------------------------------------------------------ Writing

@@ -1,14 +1,17 @@
-"""What a stage's parameters start from: a fresh model with everything that the source has put into it."""
+"""What a stage's parameters start from: everything that fits of a source, the rest fresh."""
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from tokenprune_jax import optim, pretrained, writer
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import Classifier
 
 # Parts of a model that a source need not have: they then keep their fresh values.
 OPTIONAL = ('head/', 'reducer/')
@@ -16,28 +19,41 @@ OPTIONAL = ('head/', 'reducer/')
 BACKBONE = ('family', 'vocab_size', 'depth', 'heads', 'position_offset', 'pad_id', 'norm_eps', 'activation')
 
 
-def graft(fresh: Mapping[str, Any], source: Mapping[str, Any], origin: str) -> dict[str, Any]:
-  """`fresh` with the tensors of `source`; origin: what to call the source in a message.
+def graft(model: Classifier, key: jax.Array, source: Mapping[str, Any], origin: str) -> dict[str, Any]:
+  """The model's parameters: the tensors of `source`, and fresh ones where it has none; all on the host.
 
-  The backbone must agree entirely. A head or reducer that differs in shape, or is on one side only, stays
-  fresh and that is said. Raises UserError naming the first tensor that does not fit.
+  The backbone must agree entirely. A head or reducer that differs in shape, or is on one side only, is
+  made from `key` and that is said; origin: what to call the source then. Raises UserError naming the
+  first tensor that does not fit.
   """
-  here, there = optim.flatten(fresh), optim.flatten(source)
-  result, kept = dict(here), []
+  here, there = optim.flatten(param_shapes(model)), optim.flatten(source)
+  taken, new = {}, []
   for path in sorted(here.keys() | there.keys()):
-    shapes = [np.shape(side[path]) if path in side else None for side in (here, there)]
+    shapes = [tuple(side[path].shape) if path in side else None for side in (here, there)]
     if shapes[0] == shapes[1]:
-      result[path] = np.asarray(there[path])
+      taken[path] = np.asarray(there[path])
     elif not path.startswith(OPTIONAL):
       raise UserError(
         f'{origin} does not fit this model: {path} has shape {shapes[1]} there and {shapes[0]} here '
         '(None: missing). Check config.model.weights and the stage that it is taken from.'
       )
     elif path in here:
-      kept.append(path)
-  if kept:
-    writer.say(f'new, not from {origin}: {", ".join(kept)}')
-  return optim.unflatten(result)
+      new.append(path)
+  if new:
+    writer.say(f'new, not from {origin}: {", ".join(new)}')
+
+  def make_new(key):
+    params = optim.flatten(model.init_params(key))
+    return {path: params[path] for path in new}
+
+  # Under jit, so that what is not new is not computed either.
+  return optim.unflatten(taken | jax.device_get(jax.jit(make_new)(key)))
+
+
+@functools.lru_cache(maxsize=16)
+def param_shapes(model: Classifier) -> Any:
+  """The model's parameters as abstract arrays."""
+  return jax.eval_shape(model.init_params, jax.random.key(0))
 
 
 def from_run(folder: str, config: EncoderConfig, labels: Sequence[str]) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def global_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> di
 
 def to_host(tree: Any, mesh: Mesh) -> Any:
   """NumPy copies of global arrays, whole on every process."""
-  whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
-  return jax.tree.map(lambda leaf: np.array(leaf.addressable_data(0)), whole)
+  if jax.process_count() > 1:
+    tree = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+  return jax.tree.map(np.array, tree)
 
 
 def on_first(function: Callable[[], T]) -> T | None:

@@ -126,7 +126,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   spec = stages.reducer_spec(config['reducer'], [earlier.fields for earlier in done.values()], stage)
   model = make_model(session, spec)
   objective = stages.find_objective(stage, spec, session.task)
-  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+  shapes = initial.param_shapes(model)
   trained = optim.trainable(shapes, stage['train'], model.unused_blocks())
   teacher = stage['teacher']
   teacher_model = make_model(session, done[teacher].reducer) if teacher else None
@@ -177,7 +177,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   if session.out is not None:
     session.out.go_on_after(position.total)
   paths = list(optim.flatten(trained_shapes))
-  recorder = Recorder(session.out, name, position.start, steps, paths, rate, checkpoints)
+  recorder = Recorder(session.out, name, position.start, steps, paths, jax.jit(rate), checkpoints)
 
   def save() -> None:
     recorder.settle()  # no state is saved before its step is known to be finite and written down
@@ -300,20 +300,21 @@ def initial_params(
   session: Session, stage: Mapping[str, Any], model: Classifier, done: Mapping[str, Done]
 ) -> Any:
   """What a stage starts from, on the host: a fresh model with the weights of `init` in it."""
-  fresh = model.init_params(jax.random.key(session.config['seed'], impl=PRNG))
-  init = stage['init']
+  weights, init = session.weights, stage['init']
   if init == 'pretrained':
-    return initial.graft(fresh, session.weights.params, session.weights.source)
-  if init in done:
+    source, origin = weights.params, weights.source
+  elif init in done:
     source = sharding.to_host(best_params(session, init, done[init]), session.mesh)
-    return initial.graft(fresh, source, f'stage {init!r}')
-  return initial.graft(fresh, initial.from_run(init, session.weights.config, session.dataset.labels), init)
+    origin = f'stage {init!r}'
+  else:
+    source, origin = initial.from_run(init, weights.config, session.dataset.labels), init
+  return initial.graft(model, jax.random.key(session.config['seed'], impl=PRNG), source, origin)
 
 
 def best_params(session: Session, name: str, stage: Done) -> Any:
   """The parameters of a finished stage's best checkpoint. Raises UserError where its files are damaged."""
   model = make_model(session, stage.reducer)
-  like = {'params': jax.eval_shape(model.init_params, jax.random.key(0))}
+  like = {'params': initial.param_shapes(model)}
   like = sharding.placed(like, sharding.state_shardings(session.mesh, like))
   with contextlib.closing(Checkpoints(session.folder / 'checkpoints' / name)) as checkpoints:
     try:

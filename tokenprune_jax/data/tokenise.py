@@ -231,5 +231,5 @@ def locked(folder: Path) -> Iterator[None]:
   with writing(folder):
     file = open(folder / '.lock', 'a', encoding='utf-8')  # noqa: SIM115 (closed below)
   with file:
-    pass
+    fcntl.flock(file, fcntl.LOCK_EX)
     yield
