@@ -232,6 +232,7 @@ def figure(width: float = 9.2, height: float = 5.2) -> tuple[Any, Any]:
   from matplotlib.figure import Figure
 
   canvas = FigureCanvasAgg(Figure(figsize=(width, height), dpi=110, layout='constrained', facecolor='white'))
+  canvas.figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
   axes = canvas.figure.add_subplot()
   axes.spines[['top', 'right']].set_visible(False)
   axes.spines[['left', 'bottom']].set_color('#9aa0aa')
@@ -260,13 +261,28 @@ def level(axes: Any, accuracy: float) -> None:
   axes.axhspan(accuracy - 0.5, accuracy, color='#333840', alpha=0.07, linewidth=0)
 
 
+PLOT_NOTE = (
+  'Bars: 95% interval of the difference to dense. Band: half a point below dense.\n'
+  'Points of nearly equal cost stand side by side.'
+)
+
+
+def side_by_side(places: Sequence[float], gap: float = 0.007) -> list[float]:
+  """The places, moved right as far as is needed to keep them `gap` apart."""
+  moved = list(places)
+  order = sorted(range(len(places)), key=lambda i: places[i])
+  for before, after in zip(order, order[1:]):
+    moved[after] = max(moved[after], moved[before] + gap)
+  return moved
+
+
 def plot_accuracy(path: pathlib.Path, title: str, summary: Sequence[Mapping[str, Any]]) -> None:
   """Accuracy against MAC ratio: a point a name, whose bar is the 95% interval of its difference to dense."""
   drawing, axes = figure()
   ran = [row for row in summary if row['accuracy']]
   dense = next((row for row in ran if row['name'] == 'dense'), None)
-  for row in ran:
-    x, y, colour = row['mac_ratio'], 100 * row['accuracy']['mean'], COLOURS[row['name']]
+  for row, x in zip(ran, side_by_side([row['mac_ratio'] for row in ran])):
+    y, colour = 100 * row['accuracy']['mean'], COLOURS[row['name']]
     if row['difference']:
       gain = row['difference']
       bars = [[100 * (gain['mean'] - gain['low'])], [100 * (gain['high'] - gain['mean'])]]
@@ -276,7 +292,7 @@ def plot_accuracy(path: pathlib.Path, title: str, summary: Sequence[Mapping[str,
     level(axes, 100 * dense['accuracy']['mean'])
   legend(axes)
   titled(axes, title, 'Multiply-adds, share of dense', 'Test accuracy in %')
-  axes.text(0, -0.17, 'Bars: 95% interval of the difference to dense. Band: half a point below dense.',
+  axes.text(0, -0.2, PLOT_NOTE,
             transform=axes.transAxes, fontsize=9, color='#555b66')  # fmt: skip
   drawing.savefig(path)
 
@@ -284,6 +300,7 @@ def plot_accuracy(path: pathlib.Path, title: str, summary: Sequence[Mapping[str,
 def plot_keep(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
   """Keys kept by layer, mean over seeds: a line a name."""
   drawing, axes = figure()
+  longest = 1
   for name in dict.fromkeys(row['name'] for row in rows):
     ran = [row['keep_ratio_by_layer'] for row in rows if row['name'] == name and row['metrics']]
     if ran and name != 'dense':
@@ -291,7 +308,8 @@ def plot_keep(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]])
       axes.plot(
         layers, 100 * np.mean(ran, axis=0), 'o-', color=COLOURS[name], markersize=6, label=METHODS[name][1]
       )
-      axes.set_xticks(layers)
+      longest = max(longest, len(layers))
+  axes.set_xticks(range(1, longest + 1))
   axes.set_ylim(0, 105)
   legend(axes)
   titled(axes, title, 'Layer that runs', 'Keys a head attends to, % of the tokens')

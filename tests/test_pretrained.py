@@ -75,8 +75,8 @@ TEXTS = (
   'source, packages', [('minilm-l6', (sources.MINILM,)), ('mpnet-base', sources.MPNET)]
 )
 def test_every_layer_equals_transformers_on_real_weights(source, packages):
-  """Padded rows. In about one token of 1,500, layers 4 to 10 of MPNet magnify rounding so much that torch's
-  own float32 is 2e-5 away from its float64; these texts hold no such token."""
+  """Padded rows. In one token of some thousands, the middle layers of MPNet magnify rounding so far that
+  torch itself is 2e-5 away from its own float64, and nothing could keep to 1e-5; these texts hold none."""
   torch = pytest.importorskip('torch', reason='needs torch, the peer that is compared with')
   if missing := [name for name in packages if not installed(name)]:
     pytest.skip(f'needs the weights of {", ".join(missing)}')
