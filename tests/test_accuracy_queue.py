@@ -1,5 +1,6 @@
 """The queue of accuracy runs, with a stand-in for main.py: order, stopping, resuming, and what it leaves."""
 
+import functools
 import json
 import os
 import pathlib
@@ -69,6 +70,8 @@ def queue(monkeypatch, tmp_path):
     return list(started)
 
   monkeypatch.setattr(accuracy, 'call', call)
+  quick = functools.partial(report.metrics.paired_bootstrap, draws=100)
+  monkeypatch.setattr(report.metrics, 'paired_bootstrap', quick)
   run.failing = failing
   return run
 
@@ -77,7 +80,9 @@ def document(tmp_path):
   return json.loads((tmp_path / 'results' / f'{STUDY}.json').read_text())
 
 
-def test_rows_are_kept_at_once_and_the_same_command_goes_on(queue, tmp_path):
+def test_rows_are_kept_at_once_and_the_same_command_goes_on(queue, tmp_path, monkeypatch):
+  monkeypatch.setattr(report, 'plot_accuracy', lambda *_: None)  # slow, and drawn in a test of its own
+  monkeypatch.setattr(report, 'plot_keep', lambda *_: None)
   assert queue('--rows=2') == ['bbc/dense-seed0', 'bbc/pfc_late-seed0']
   found = document(tmp_path)
   assert set(found) >= {'command', 'commit', 'machine', 'versions', 'rows'}

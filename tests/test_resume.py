@@ -96,7 +96,5 @@ def test_a_checkpoint_of_another_config_is_refused_even_without_config_json(tmp_
     train.run(config(**CHANGES, optimizer__learning_rate=0.002), tmp_path)
   (tmp_path / 'config.json').unlink()
   wanted = config(**CHANGES, model__weights='random:bert:layers=2,width=48,heads=2,hidden=64,vocab=256')
-  with pytest.raises(
-    UserError, match=r'is of another model: params/.* is \(.*32.*\) there and \(.*48.*\) here'
-  ):
+  with pytest.raises(UserError, match=r'config\.model\.weights was'):
     train.run(wanted, tmp_path)

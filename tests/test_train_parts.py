@@ -159,7 +159,7 @@ def test_grafting_takes_what_fits_and_refuses_another_backbone(capsys):
   )
   assert np.all(result['head']['out']['bias'] == 1) and result['head']['out']['kernel'].std() > 0
   said = capsys.readouterr().err
-  assert 'head/out/kernel' in said and 'reducer/tokens/embedding' in said and 'bias,' not in said
+  assert 'head/out/kernel' in said and 'reducer/tokens/embedding' in said and 'head/out/bias' not in said
   encoder = dict(weights.params['encoder'])
   with pytest.raises(UserError, match=r'encoder/extra/w has shape \(1,\) there and None here'):
     initial.graft(model, jax.random.key(0), {'encoder': encoder | {'extra': {'w': np.ones(1)}}}, 'here')

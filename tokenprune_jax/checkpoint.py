@@ -7,9 +7,12 @@ not notice is a file whose bytes changed later: a sum over the bits of every ten
 and compared on reading.
 """
 
+import contextlib
+import gc
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,14 +117,21 @@ class Checkpoints:
     """
     record = self.record(step)
     self.refuse_shapes(step, like)
-    try:
-      state = self.manager.load_checkpointables(step, {'state': dict(like)})['state']
-    except DAMAGE as error:
-      raise Damaged(f'its tensors cannot be read ({type(error).__name__})') from error
+    with no_noise():
+      state, problem = self.read(step, like)
+    if state is None:
+      raise Damaged(f'its tensors cannot be read ({problem})')
     for path, total in bit_sums(state).items():
       if record['sums'].get(path) != total:
         raise Damaged(f'the bytes of {path} have changed')
     return state, record
+
+  def read(self, step: int, like: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """(state, '') or (None, what Orbax raised)."""
+    try:
+      return self.manager.load_checkpointables(step, {'state': dict(like)})['state'], ''
+    except DAMAGE as error:
+      return None, type(error).__name__
 
   def refuse_shapes(self, step: int, like: Mapping[str, Any]) -> None:
     try:
@@ -130,7 +140,7 @@ class Checkpoints:
       raise Damaged(f'its list of tensors cannot be read ({type(error).__name__})') from error
     wrong = [
       f'{path} is {saved.get(path, "missing")} there and {shape} here'
-      for path, shape in shapes(like).items()
+      for path, shape in sorted(shapes(like).items(), reverse=True)  # 'params' before 'optimizer'
       if saved.get(path) != shape
     ]
     if wrong:
@@ -140,14 +150,18 @@ class Checkpoints:
         'give the config it was made with.'
       )
 
-  def resume(self, like: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+  def resume(
+    self, like: Mapping[str, Any], config: Mapping[str, Any]
+  ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """(state, record) of the newest good checkpoint; None where there is none yet.
 
-    A damaged one is moved aside into damaged/ and said so. Raises UserError where all of them are.
+    A damaged one is moved aside into damaged/ and said so. Raises UserError where all of them are, or where
+    the config in the record is another one.
     """
     found = self.steps()
     for step in reversed(found):
       try:
+        workdir.refuse_differences(self.path(step), self.record(step)['config'], config)
         return self.load(step, like)
       except Damaged as damage:
         aside = self.set_aside(step)
@@ -174,6 +188,17 @@ class Checkpoints:
   def close(self) -> None:
     self.wait()
     self.manager.close()
+
+
+@contextlib.contextmanager
+def no_noise() -> Iterator[None]:
+  """Orbax leaves coroutines behind where a read fails, and these complain on stderr as they are collected."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    yield
+  finally:
+    gc.collect()
+    sys.unraisablehook = hook
 
 
 def bit_sums(state: Any) -> dict[str, int]:

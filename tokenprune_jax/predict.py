@@ -5,6 +5,7 @@ Shapes: b batch, n slots, L layers (from 1; axis 0 of an example's `kept` [L n] 
 
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Reading(NamedTuple):
     return {**found, 'truncated': self.truncated} if self.truncated else found
 
 
-def load(folder: str | pathlib.Path, executor: str = 'mask') -> 'Predictor':
+def load(folder: str | os.PathLike, executor: str = 'mask') -> 'Predictor':
   """The model of a run's workdir, or of an exported folder. Raises UserError where neither is there."""
   folder = pathlib.Path(folder)
   for place in (folder / 'model', folder):
@@ -192,7 +193,7 @@ def merge(parts: Sequence[str], encoding: Any, kept: np.ndarray, assignment: np.
     yield Word(parts[part][start:stop], gap, by_layer, int(assignment[tokens[0]]))
 
 
-def predict_file(folder: str | pathlib.Path, file: str | pathlib.Path, out: str | pathlib.Path) -> int:
+def predict_file(folder: str | os.PathLike, file: str | os.PathLike, out: str | os.PathLike) -> int:
   """Labels every text of `file` into `out`, a JSON object a line, whole or not at all. Returns their number.
 
   file: .txt with a text a line; or .csv, .tsv or .jsonl with the columns that the run was trained on, `text`

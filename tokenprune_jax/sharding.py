@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tokenprune_jax.errors import UserError
 
@@ -48,12 +48,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(mesh: Mesh, tree: Any) -> Any:
+def state_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
   """A sharding for each leaf: in large tensors, the largest axis that 'fsdp' divides is split.
 
   By shape alone, so that a parameter and its optimizer moments always lie alike.

@@ -150,14 +150,13 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   like = {'params': shapes, 'optimizer': jax.eval_shape(optimizer.init, trained_shapes)}
   places = sharding.state_shardings(mesh, like)
   checkpoints = Checkpoints(folder / 'checkpoints' / name, config['checkpoint']['keep'])
-  found = checkpoints.resume(sharding.placed(like, places))
+  found = checkpoints.resume(sharding.placed(like, places), config)
   if found is None:
     position = Position(start=max((earlier.step for earlier in done.values()), default=0))
     params = sharding.put(initial_params(session, stage, model, done), places['params'])
     moments = jax.jit(optimizer.init, out_shardings=places['optimizer'])(optim.split(params, trained)[0])
   else:
     saved, record = found
-    workdir.refuse_differences(checkpoints.path(record['total']), record['config'], config)
     position = Position(**record['position'])
     params, moments = saved['params'], saved['optimizer']
     writer.say(f'{name}: going on after step {position.step} of {steps}')
