@@ -47,6 +47,16 @@ def test_ties_go_to_the_first_slot_and_an_empty_slot_stays_finite():
   assert np.isfinite(mean).all() and not np.asarray(mean[:, 1]).any()
 
 
+def test_an_empty_slot_has_no_gradient():
+  logits = jnp.array([[[3.0, 3.0], [1.0, 1.0], [-5.0, -5.0]]])  # all tokens go to the first of three slots
+
+  def value(logits):
+    return combine.assigned_mean(combine.hard_assignment(logits, jnp.ones((1, 2))), jnp.ones((1, 2, 4)) * 7).sum()
+
+  assert value(logits) == 28
+  assert float(jnp.abs(jax.grad(value)(logits)).max()) < 100
+
+
 def test_columns_sum_to_one_for_tokens_and_to_zero_for_padding():
   logits = jax.random.normal(jax.random.key(0), (2, 4, 6))
   mask = jnp.array([[1.0] * 6, [1.0] * 3 + [0.0] * 3])

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 
@@ -13,7 +14,18 @@ import numpy as np
 import optax
 import pytest
 
-from tokenprune_jax import initial, models, optim, pretrained, settings, stages, train, workdir, writer
+from tokenprune_jax import (
+  events,
+  initial,
+  models,
+  optim,
+  pretrained,
+  settings,
+  stages,
+  train,
+  workdir,
+  writer,
+)
 from tokenprune_jax.errors import UserError
 
 PARAMS = {
@@ -195,10 +207,32 @@ def test_metrics_go_on_after_a_step_without_a_line_twice_or_half(tmp_path):
 
 def test_tensorboard_events_hold_the_numbers(tmp_path):
   out = writer.MetricsWriter(tmp_path)
-  out.write(7, 'a', 'valid', {'loss': 0.25, 'list': [1], 'flag': True})
+  out.go_on_after(299)
+  out.write(300, 'a', 'valid', {'loss': 0.25, 'examples': 3, 'list': [1], 'flag': True})
   out.close()
-  content = b''.join(path.read_bytes() for path in (tmp_path / 'tensorboard').iterdir())
-  assert b'valid/loss' in content and b'valid/list' not in content and b'valid/flag' not in content
+  (path,) = (tmp_path / 'tensorboard').iterdir()
+  assert path.name.startswith('events.out.tfevents.')
+  content, found = path.read_bytes(), []
+  while content:
+    (length,), (crc,) = struct.unpack('<Q', content[:8]), struct.unpack('<I', content[8:12])
+    data, end = content[12 : 12 + length], struct.unpack('<I', content[12 + length : 16 + length])
+    assert (crc, end[0]) == tuple(struct.unpack('<I', events.masked_crc(x))[0] for x in (content[:8], data))
+    found.append(data)
+    content = content[16 + length :]
+  version, start, scalars = found
+  assert version.endswith(b'brain.Event:2') and start[9:] == bytes([0x10, 0xAC, 0x02, 0x3A, 2, 8, 1])
+  assert b'valid/loss\x15' + struct.pack('<f', 0.25) in scalars
+  assert (
+    b'valid/examples\x15' + struct.pack('<f', 3) in scalars
+    and b'list' not in scalars
+    and b'flag' not in scalars
+  )
+
+
+def test_the_checksum_is_that_of_the_standard():
+  (masked,) = struct.unpack('<I', events.masked_crc(b'123456789'))
+  crc = (masked - 0xA282EAD8) & 0xFFFFFFFF
+  assert (crc << 15 | crc >> 17) & 0xFFFFFFFF == 0xE3069283  # CRC-32C of RFC 3720's check string
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tokenprune_jax import workdir
+from tokenprune_jax.events import EventFile
 
 
 class MetricsWriter:
@@ -25,9 +23,7 @@ class MetricsWriter:
     self.path = folder / 'metrics.jsonl'
     try:
       self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115 (open as long as the run lives)
-      (folder / 'tensorboard').mkdir(exist_ok=True)
-      # Not SummaryWriter: on a full disk its thread dies, and then whoever writes next hangs.
-      self.events = EventsWriter(str(folder / 'tensorboard' / 'events'))
+      self.events = EventFile(folder / 'tensorboard')
     except OSError as error:
       raise workdir.storage_error(error, self.path) from error
 
@@ -43,21 +39,20 @@ class MetricsWriter:
         kept.append(line + '\n')
     workdir.write_text(self.path, ''.join(kept))
     self.file.close()
-    start = SessionLog(status=SessionLog.START)  # TensorBoard then drops what it has of later steps
     try:
       self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
-      self.events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+      self.events.restart(step + 1)
     except OSError as error:
       raise workdir.storage_error(error, self.path) from error
 
   def write(self, step: int, stage: str, split: str, values: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl, and an event for each number. Raises UserError where the disk is full."""
     line = json.dumps({'step': step, 'stage': stage, 'split': split, **values}) + '\n'
-    scalars = [summary.scalar(f'{split}/{name}', value) for name, value in values.items() if is_number(value)]
     try:
       self.file.write(line.encode())
-      for scalar in scalars:
-        self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
+      self.events.scalars(
+        step, {f'{split}/{name}': value for name, value in values.items() if is_number(value)}
+      )
     except OSError as error:
       raise workdir.storage_error(error, self.path) from error
 
@@ -65,7 +60,6 @@ class MetricsWriter:
     """Returns when everything written so far is on the disk."""
     try:
       os.fsync(self.file.fileno())
-      self.events.flush()
     except OSError as error:
       raise workdir.storage_error(error, self.path) from error
 

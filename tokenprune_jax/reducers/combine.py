@@ -20,7 +20,6 @@ from tokenprune_jax.tokens import Capacity, Tokens, scatter_to_input
 
 TINY: dict = {'slots': 3, 'layer': 3}
 NEUTRAL: dict = {'slots': 0}
-EPSILON = 1e-6  # keeps an empty slot's mean finite: it becomes 0
 NORM_EPSILON = 1e-12  # BERT's
 
 
@@ -32,9 +31,15 @@ def hard_assignment(logits: Float[Array, 'b m n'], mask: Float[Array, 'b n']) ->
 
 
 def assigned_mean(assignment: Float[Array, 'b m n'], x: Float[Array, 'b n d']) -> Float[Array, 'b m d']:
-  """Mean of the tokens in each slot; 0 in an empty one. A linear W_v may come after it: it acts on m rows, not n."""
+  """Mean of the tokens in each slot; an empty slot gives 0, and no gradient either.
+
+  A linear W_v may come after the mean: it then acts on m rows, not n. (An epsilon in the denominator instead would let the
+  straight-through gradient of an empty slot grow to 1 / epsilon.)
+  """
+  count = assignment.sum(-1, keepdims=True)
+  filled = count > 0.5  # counts are whole numbers, but for rounding
   total = jnp.einsum('bmn,bnd->bmd', assignment, x)
-  return total / (assignment.sum(-1, keepdims=True) + EPSILON)
+  return jnp.where(filled, total / jnp.where(filled, count, 1), 0)
 
 
 class CombinationTokens(nn.Module):

@@ -1,0 +1,89 @@
+"""TensorBoard's event files, as far as scalars need them: records that each hold one protocol buffer.
+
+Written out because the packages that write them import torch where it is installed (seconds at every
+start) and hand the writing to a thread, which on a full disk dies unseen and leaves the training waiting
+for it.
+
+Format: a record is length (8 bytes), its masked CRC, the data, its masked CRC;
+github.com/tensorflow/tensorflow core/lib/io/record_writer.h. Data: the message Event of
+core/util/event.proto; field numbers are beside each line.
+"""
+
+import pathlib
+import struct
+import time
+from collections.abc import Mapping
+
+VARINT, DOUBLE, BYTES, FLOAT = 0, 1, 2, 5  # wire types
+
+
+class EventFile:
+  """Appends scalars, without a buffer of its own. Raises OSError where there is no room."""
+
+  def __init__(self, folder: pathlib.Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    name = (
+      f'events.out.tfevents.{time.time_ns()}'  # TensorBoard reads all files of a folder in the order of names
+    )
+    self.file = open(folder / name, 'xb', buffering=0)  # noqa: SIM115 (open as long as the run lives)
+    self.write(0, field(3, BYTES, b'brain.Event:2'))  # file_version
+
+  def restart(self, step: int) -> None:
+    """Tells TensorBoard to forget what other files of the folder have of `step` and later ones."""
+    self.write(step, field(7, BYTES, field(1, VARINT, 1)))  # session_log.status = START
+
+  def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
+    """Adds {tag: value}."""
+    summary = b''
+    for tag, value in values.items():
+      message = field(1, BYTES, tag.encode()) + field(2, FLOAT, value)  # tag, simple_value
+      summary += field(1, BYTES, message)  # value
+    self.write(step, field(5, BYTES, summary))  # summary
+
+  def write(self, step: int, content: bytes) -> None:
+    """One record with an Event."""
+    event = field(1, DOUBLE, time.time()) + field(2, VARINT, step) + content  # wall_time, step
+    length = struct.pack('<Q', len(event))
+    self.file.write(length + masked_crc(length) + event + masked_crc(event))
+
+  def close(self) -> None:
+    self.file.close()
+
+
+def field(number: int, kind: int, value: int | float | bytes) -> bytes:
+  """One field of a protocol buffer."""
+  key = varint(number << 3 | kind)
+  if kind == BYTES:
+    return key + varint(len(value)) + value
+  return key + {VARINT: varint, DOUBLE: struct.Struct('<d').pack, FLOAT: struct.Struct('<f').pack}[kind](
+    value
+  )
+
+
+def varint(value: int) -> bytes:
+  """Seven bits a byte, the lowest first; the top bit says that more follow."""
+  result = bytearray()
+  while value > 127:
+    result.append(value & 127 | 128)
+    value >>= 7
+  return bytes([*result, value])
+
+
+def crc_table() -> list[int]:
+  """The 256 remainders of CRC-32C (Castagnoli, reflected polynomial 0x82f63b78)."""
+  table = list(range(256))
+  for _ in range(8):
+    table = [value >> 1 ^ 0x82F63B78 * (value & 1) for value in table]
+  return table
+
+
+TABLE = crc_table()
+
+
+def masked_crc(data: bytes) -> bytes:
+  """CRC-32C of `data`, rotated by 15 bits and shifted by a constant, as the format wants it."""
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc = TABLE[(crc ^ byte) & 255] ^ crc >> 8
+  crc ^= 0xFFFFFFFF
+  return struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
