@@ -32,7 +32,7 @@ def free_port():
 def start_two(folder, **options):
   """Two processes of one run, on this machine."""
   parallel = {'parallel__processes': 2, 'parallel__coordinator': f'127.0.0.1:{free_port()}'}
-  return [start(folder, fast=True, parallel__process=i, **CHANGES, **parallel, **options) for i in range(2)]
+  return [start(folder, parallel__process=i, **CHANGES, **parallel, **options) for i in range(2)]
 
 
 def statuses(processes):
@@ -43,9 +43,7 @@ def statuses(processes):
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
   folder = tmp_path_factory.mktemp('one')
-  jax.config.update('jax_disable_most_optimizations', True)
   train.run(config(**CHANGES), folder)
-  jax.config.update('jax_disable_most_optimizations', False)
   return folder
 
 
@@ -64,7 +62,7 @@ def assert_same(folder, one):
 
 
 def test_four_devices_with_parameters_spread_over_two(one, tmp_path):
-  status, said = statuses([start(tmp_path, devices=4, fast=True, parallel__fsdp=2, **CHANGES)])
+  status, said = statuses([start(tmp_path, devices=4, parallel__fsdp=2, **CHANGES)])
   assert status == [0], said
   assert_same(tmp_path, one)
   saved = (tmp_path / 'checkpoints' / 'tune' / str(STEPS) / 'state' / '_sharding').read_text()

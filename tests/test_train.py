@@ -14,13 +14,7 @@ from tests.tiny_run import STEPS, config, lines
 from tokenprune_jax import models, optim, pretrained, reducers, result, settings, stages, tasks, train
 from tokenprune_jax.errors import UserError
 
-
-@pytest.fixture(scope='module', autouse=True)
-def compile_fast():
-  """Most of these tests' time is compiling; what they check does not depend on how well."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+ONE_LAYER = 'random:bert:layers=1,width=32,heads=2,hidden=64,vocab=256'
 
 
 @pytest.fixture(scope='module')
@@ -106,7 +100,7 @@ def test_frozen_parameters_get_neither_gradient_nor_optimizer_state(tmp_path):
 def test_accumulating_trains_the_same_model(tmp_path):
   losses = []
   for parts in (1, 4):
-    wanted = config(optimizer__accumulate=parts, model__dropout=0.0)
+    wanted = config(optimizer__accumulate=parts, model__dropout=0.0, model__weights=ONE_LAYER)
     wanted['stages'] = ({'name': 'tune', 'epochs': 1},)
     train.run(wanted, tmp_path / str(parts))
     losses.append([row['loss'] for row in lines(tmp_path / str(parts), 'train')])
@@ -131,7 +125,9 @@ def test_a_stage_starts_from_another_run(finished, tmp_path):
 
 
 def test_dense_is_one_of_the_methods_and_bfloat16_one_of_the_types(tmp_path):
-  wanted = config(reducer={'name': 'none'}, model__dtype='bfloat16', eval__timing=True)
+  wanted = config(
+    reducer={'name': 'none'}, model__dtype='bfloat16', eval__timing=True, model__weights=ONE_LAYER
+  )
   outcome = train.run(wanted, tmp_path)
   assert outcome['dtype'] == 'bfloat16' and outcome['keep_ratio'] == pytest.approx(1.0)
   assert outcome['seconds_per_example'] == outcome['dense_seconds_per_example']
@@ -193,7 +189,7 @@ def method(tmp_path, monkeypatch):
 
 
 def test_a_method_brings_objective_teacher_and_what_it_hands_on(method, tmp_path):
-  wanted = config(reducer=method, model__weights='random:bert:layers=1,width=32,heads=2,hidden=64,vocab=256')
+  wanted = config(reducer=method, model__weights=ONE_LAYER)
   wanted['stages'] = (
     {'name': 'first', 'epochs': 1},
     {
@@ -220,7 +216,7 @@ def test_a_method_brings_objective_teacher_and_what_it_hands_on(method, tmp_path
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(method, tmp_path):
-  wanted = config(reducer=method, model__weights='random:bert:layers=1,width=32,heads=2,hidden=64,vocab=256')
+  wanted = config(reducer=method, model__weights=ONE_LAYER)
   wanted['stages'] = ({'name': 'bad', 'objective': 'broken'},)
   with pytest.raises(UserError, match=r"step 1 of stage 'bad': the gradient of head/out/bias is not finite"):
     train.run(wanted, tmp_path / 'run')
@@ -251,8 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
 
 # ------------------------------------------------------------------------------------------ One train step
 def test_a_step_equals_the_same_step_written_out():
-  source = 'random:bert:layers=1,width=32,heads=2,hidden=64,vocab=256'
-  weights = pretrained.load(source, dropout=0.0, attention_dropout=0.0)
+  weights = pretrained.load(ONE_LAYER, dropout=0.0, attention_dropout=0.0)
   model = models.Classifier(weights.config, models.make_reducer({'name': 'none'}), 3)
   params, task = model.init_params(jax.random.key(0)), tasks.make('classify')
   rng = np.random.default_rng(0)

@@ -1,9 +1,8 @@
 """A run of seconds: a function for tests, and a program for tests that need a process of their own to kill.
 
-  python -m tests.tiny_run WORKDIR '{"config": {key: value}, "devices": 1, "pause": 0, "fast": false}'
+  python -m tests.tiny_run WORKDIR '{"config": {key: value}, "devices": 1, "pause": 0}'
 
 pause: seconds added to each step, so that a signal sent at a step arrives before the next ones are over.
-fast: compile without optimisations, which takes half the time.
 """
 
 import json
@@ -44,9 +43,9 @@ def lines(workdir, split=None):
   return [row for row in rows if split in (None, row['split'])]
 
 
-def start(workdir, *, devices=1, pause=0.0, fast=False, **changes):
+def start(workdir, *, devices=1, pause=0.0, **changes):
   """The run as a process; its output goes to the pipe `stderr`."""
-  request = json.dumps({'config': changes, 'devices': devices, 'pause': pause, 'fast': fast})
+  request = json.dumps({'config': changes, 'devices': devices, 'pause': pause})
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   command = [sys.executable, '-m', 'tests.tiny_run', str(workdir), request]
   return subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
@@ -57,7 +56,6 @@ def main():
   import jax
 
   jax.config.update('jax_num_cpu_devices', request['devices'])
-  jax.config.update('jax_disable_most_optimizations', request['fast'])
   from tokenprune_jax import recorder, sharding, train
   from tokenprune_jax.errors import UserError
 
