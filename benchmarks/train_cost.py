@@ -16,7 +16,9 @@ import pathlib
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so that this file can be run by its path
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
 
 import jax
 import numpy as np
@@ -28,7 +30,13 @@ from tokenprune_jax.models import Classifier, make_reducer
 
 LABELS = 5
 RANK = {'name': 'fuzzy', 'ratio': 0.9, 'rule': 'rank'}
-PAPER = {'pf': (1.25, 0.88), 'c_late': (1.26, 0.89), 'pfc_late': (1.29, 0.80), 'pfc_early': (1.64, 0.61), 'p': (1.33, 0.88)}
+PAPER = {
+  'pf': (1.25, 0.88),
+  'c_late': (1.26, 0.89),
+  'pfc_late': (1.29, 0.80),
+  'pfc_early': (1.64, 0.61),
+  'p': (1.33, 0.88),
+}
 OVERFLOW_RATE = 0.01  # share of documents that a calibrated capacity may be too small for, a layer
 
 
@@ -74,7 +82,9 @@ class Step:
 
   def compiled(self):
     """The step compiled for the batch's shape, from shapes alone."""
-    return self.function.lower(*jax.eval_shape(self.state), None, self.batch, np.int32(0), np.int32(0)).compile()
+    return self.function.lower(
+      *jax.eval_shape(self.state), None, self.batch, np.int32(0), np.int32(0)
+    ).compile()
 
   def start(self) -> None:
     """Puts a state in memory."""
@@ -95,19 +105,33 @@ class Step:
 def calibrated(length: int, documents: int = 24) -> tuple[tuple[float, ...], dict]:
   """(capacities of `protect` by layer, how they overflow on other documents), on BBC News with MPNet-base."""
   weights = pretrained.load('mpnet-base')
-  spec = {'name': 'bbc', 'max_length': length, 'valid_limit': documents, 'test_limit': documents, 'train_limit': 20}
-  dataset = data.load({**{'on_bad_row': 'error'}, **spec}, weights.tokenizer, length, data.cache_dir(), seed=0)
+  spec = {
+    'name': 'bbc',
+    'max_length': length,
+    'valid_limit': documents,
+    'test_limit': documents,
+    'train_limit': 20,
+  }
+  dataset = data.load(
+    {**{'on_bad_row': 'error'}, **spec}, weights.tokenizer, length, data.cache_dir(), seed=0
+  )
   model = Classifier(weights.config, make_reducer({**RANK, 'rule': 'protect'}), LABELS)
   params = {**model.init_params(jax.random.key(0)), 'encoder': weights.params['encoder']}
   apply = jax.jit(lambda batch: model.apply({'params': params}, batch).trace.widest)
 
   def widest(split):
-    plan = data.batches(dataset.splits[split], batch_size=4, buckets=(length,), seed=0, epoch_shuffle=False, pad_id=1)
+    plan = data.batches(
+      dataset.splits[split], batch_size=4, buckets=(length,), seed=0, epoch_shuffle=False, pad_id=1
+    )
     return np.concatenate([np.asarray(apply(b))[b['weight'] > 0] for b in plan.iterator(0)]) / length
 
   capacities = np.minimum(np.quantile(widest('valid'), 1 - OVERFLOW_RATE, axis=0, method='higher'), 1.0)
   overflow = float((widest('test') > capacities + 1e-6).any(-1).mean())
-  about = {'documents': documents, 'overflow_rate_allowed_a_layer': OVERFLOW_RATE, 'overflow_share_of_other_documents': overflow}
+  about = {
+    'documents': documents,
+    'overflow_rate_allowed_a_layer': OVERFLOW_RATE,
+    'overflow_share_of_other_documents': overflow,
+  }
   return tuple(float(c) for c in capacities), {**about, 'capacities': capacities.tolist()}
 
 
@@ -121,13 +145,27 @@ def peak(variant: str, options) -> int:
 def measured(options) -> tuple[list[dict], dict]:
   """(rows, how capacities were calibrated)."""
   options.capacities, about = calibrated(options.length) if options.protect else (None, {})
-  table = {name: spec for name, spec in specs(options.capacities).items() if not options.variants or name in options.variants}
+  table = {
+    name: spec
+    for name, spec in specs(options.capacities).items()
+    if not options.variants or name in options.variants
+  }
   memory = {}
   for name, (spec, executor) in table.items():
-    large = Step(spec, executor, options.memory_batch, options.length, options.attention_dropout).compiled().memory_analysis()
+    large = (
+      Step(spec, executor, options.memory_batch, options.length, options.attention_dropout)
+      .compiled()
+      .memory_analysis()
+    )
     memory[name] = large.temp_size_in_bytes + large.argument_size_in_bytes, peak(name, options)
-    print(f'{name}: compiled {memory[name][0] / 2**30:.2f} GiB, process {memory[name][1] / 2**30:.2f} GiB', flush=True)
-  steps = {name: Step(*spec, options.batch, options.length, options.attention_dropout) for name, spec in table.items()}
+    print(
+      f'{name}: compiled {memory[name][0] / 2**30:.2f} GiB, process {memory[name][1] / 2**30:.2f} GiB',
+      flush=True,
+    )
+  steps = {
+    name: Step(*spec, options.batch, options.length, options.attention_dropout)
+    for name, spec in table.items()
+  }
   macs = {name: step.macs() for name, step in steps.items()}
   for step in steps.values():
     step.start()
@@ -150,7 +188,18 @@ def measured(options) -> tuple[list[dict], dict]:
 
 def page(rows: list[dict]) -> str:
   """The table."""
-  lines = [('step', 'seconds', 'times as fast', 'its MAC limit', 'paper', 'memory, compiled', 'memory, process', 'paper')]
+  lines = [
+    (
+      'step',
+      'seconds',
+      'times as fast',
+      'its MAC limit',
+      'paper',
+      'memory, compiled',
+      'memory, process',
+      'paper',
+    )
+  ]
   for row in rows:
     lines.append((
       row['method'], f'{row["seconds"]:.2f}', f'{row["time_ratio"]:.2f}', f'{1 / row["mac_ratio"]:.2f}',
@@ -164,7 +213,9 @@ def main() -> None:
   """Measures, writes and prints; with --peak it is the process whose memory is read."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--batch', type=int, default=4)
-  parser.add_argument('--memory_batch', type=int, default=16, help='rows of the step whose memory XLA analyses')
+  parser.add_argument(
+    '--memory_batch', type=int, default=16, help='rows of the step whose memory XLA analyses'
+  )
   parser.add_argument('--length', type=int, default=512)
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--attention_dropout', type=float, default=0.0)
@@ -175,7 +226,9 @@ def main() -> None:
   parser.add_argument('--peak', default='', help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.peak:
-    step = Step(*specs(options.capacities)[options.peak], options.batch, options.length, options.attention_dropout)
+    step = Step(
+      *specs(options.capacities)[options.peak], options.batch, options.length, options.attention_dropout
+    )
     step.start()
     step(), step()
     print(evaluate.peak_rss())

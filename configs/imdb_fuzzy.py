@@ -39,7 +39,14 @@ def get_config(argument: str = 'pfc_late') -> ml_collections.ConfigDict:
   weights = weights or 'minilm-l6'
   config = settings.defaults()
   config['model'] |= {'weights': weights}
-  config['data'] |= {'name': 'imdb', 'max_length': 256, 'buckets': (64, 128, 192, 256), 'train_limit': 1500, 'valid_limit': 500, 'test_limit': 2000}
+  config['data'] |= {
+    'name': 'imdb',
+    'max_length': 256,
+    'buckets': (64, 128, 192, 256),
+    'train_limit': 1500,
+    'valid_limit': 500,
+    'test_limit': 2000,
+  }
   config['reducer'] = reducer(variant, DEPTH.get(weights, 12))
   config['optimizer'] |= {'learning_rate': 5e-5, 'groups': (('head/.*|reducer/.*', 10.0),)}
   config['stages'] = ({'name': 'finetune', 'epochs': 2},)

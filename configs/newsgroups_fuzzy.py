@@ -13,6 +13,15 @@ from configs import imdb_fuzzy
 def get_config(argument: str = 'pfc_late') -> ml_collections.ConfigDict:
   """The config of 'variant' or 'variant,weights'."""
   config = imdb_fuzzy.get_config(argument)
-  config.data.update({'name': 'newsgroups', 'max_length': 128, 'buckets': (32, 64, 96, 128), 'train_limit': 0, 'valid_limit': 0, 'test_limit': 0})
+  config.data.update(
+    {
+      'name': 'newsgroups',
+      'max_length': 128,
+      'buckets': (32, 64, 96, 128),
+      'train_limit': 0,
+      'valid_limit': 0,
+      'test_limit': 0,
+    }
+  )
   config.stages[0]['epochs'] = 3
   return config

@@ -11,7 +11,15 @@ from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
 
 TINY_CONFIG = EncoderConfig(
-  vocab_size=60, width=32, depth=4, heads=4, hidden=48, max_positions=40, dropout=0.0, attention_dropout=0.0, attention='plain'
+  vocab_size=60,
+  width=32,
+  depth=4,
+  heads=4,
+  hidden=48,
+  max_positions=40,
+  dropout=0.0,
+  attention_dropout=0.0,
+  attention='plain',
 )
 
 

@@ -75,7 +75,10 @@ def test_hard_weights_have_the_gradient_of_soft_weights():
   scores = jax.random.normal(jax.random.key(0), (2, 3, 5, 6))
   seen = jnp.array([1.0, 0, 1, 1, 0, 1])[None, None, None]
   probe = jax.random.normal(jax.random.key(1), scores.shape)
-  hard, soft = (jax.grad(lambda s, f=f: (f(s, seen) * probe).sum())(scores) for f in (attention.hard_weights, attention.soft_weights))
+  hard, soft = (
+    jax.grad(lambda s, f=f: (f(s, seen) * probe).sum())(scores)
+    for f in (attention.hard_weights, attention.soft_weights)
+  )
   np.testing.assert_allclose(hard, soft, atol=1e-6)
 
 
@@ -90,7 +93,9 @@ def test_soft_seen_has_the_gradient_of_finite_differences():
   gradient = jax.grad(lambda s: (attention.soft_weights(scores, s) * probe).sum())(seen)
   for j in range(4):
     step = jnp.zeros_like(seen).at[..., j].set(1e-2)
-    np.testing.assert_allclose(gradient[..., j].item(), (value(seen + step) - value(seen - step)) / 2e-2, atol=2e-3)
+    np.testing.assert_allclose(
+      gradient[..., j].item(), (value(seen + step) - value(seen - step)) / 2e-2, atol=2e-3
+    )
 
 
 def test_dropout_is_of_the_stated_rate_and_leaves_evidence_alone():
@@ -99,7 +104,9 @@ def test_dropout_is_of_the_stated_rate_and_leaves_evidence_alone():
   for mapped in (False, True):
     how = Mixing(('received',), dropout=0.5, mapped=mapped)
     mixed, found = mix(query * 0, key, np.ones_like(value), ones, updated, None, jax.random.key(0), how)
-    plain, expected = mix(query * 0, key, np.ones_like(value), ones, updated, None, None, Mixing(('received',)))
+    plain, expected = mix(
+      query * 0, key, np.ones_like(value), ones, updated, None, None, Mixing(('received',))
+    )
     np.testing.assert_allclose(found['received'], expected['received'], atol=1e-6)
     assert abs(float(mixed.mean()) - 1) < 0.15 and float(mixed.std()) > 0.2 and float(plain.std()) < 1e-6
 

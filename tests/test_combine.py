@@ -21,7 +21,10 @@ def linear(golden, name, x, bias=True):
 def assign_as_in_groupvit(golden, query):
   """The ancestor's step, with its biases, from our pure functions: (out, assignment)."""
   key = jnp.asarray(golden['key'])
-  logits = jnp.einsum('bmd,bnd->bmn', linear(golden, 'q_proj', query), linear(golden, 'k_proj', key)) * key.shape[-1] ** -0.5
+  logits = (
+    jnp.einsum('bmd,bnd->bmn', linear(golden, 'q_proj', query), linear(golden, 'k_proj', key))
+    * key.shape[-1] ** -0.5
+  )
   assignment = combine.hard_assignment(logits, jnp.ones(key.shape[:2]))
   mixed = combine.assigned_mean(assignment, linear(golden, 'v_proj', key))
   return linear(golden, 'proj', mixed), assignment
@@ -51,7 +54,9 @@ def test_an_empty_slot_has_no_gradient():
   logits = jnp.array([[[3.0, 3.0], [1.0, 1.0], [-5.0, -5.0]]])  # all tokens go to the first of three slots
 
   def value(logits):
-    return combine.assigned_mean(combine.hard_assignment(logits, jnp.ones((1, 2))), jnp.ones((1, 2, 4)) * 7).sum()
+    return combine.assigned_mean(
+      combine.hard_assignment(logits, jnp.ones((1, 2))), jnp.ones((1, 2, 4)) * 7
+    ).sum()
 
   assert value(logits) == 28
   assert float(jnp.abs(jax.grad(value)(logits)).max()) < 100
@@ -98,14 +103,21 @@ def test_noise_is_drawn_in_training_only():
   still = [apply(model, params, BATCH).logits for _ in range(2)]
   np.testing.assert_array_equal(still[0], still[1])
   noisy = [
-    apply(model, params, BATCH, train=True, rngs={'reduce': jax.random.key(k), 'dropout': jax.random.key(9)}).trace.assignment
+    apply(
+      model, params, BATCH, train=True, rngs={'reduce': jax.random.key(k), 'dropout': jax.random.key(9)}
+    ).trace.assignment
     for k in range(2)
   ]
   assert (np.asarray(noisy[0]) != np.asarray(noisy[1])).any()
 
 
 @pytest.mark.parametrize(
-  ('fields', 'words'), [({'layer': 1}, 'choose 2 to 4'), ({'layer': 5}, 'choose 2 to 4'), ({'slots': -1, 'layer': 3}, 'slots is -1')]
+  ('fields', 'words'),
+  [
+    ({'layer': 1}, 'choose 2 to 4'),
+    ({'layer': 5}, 'choose 2 to 4'),
+    ({'slots': -1, 'layer': 3}, 'slots is -1'),
+  ],
 )
 def test_settings_out_of_range_are_refused(fields, words):
   with pytest.raises(UserError, match=words):

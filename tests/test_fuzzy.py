@@ -92,7 +92,9 @@ def test_keys_shrink_and_never_return(rule):
 
 
 def test_heads_may_share_the_choice():
-  model, params = model_and_params({'name': 'fuzzy', 'ratio': 0.7, 'rule': 'rank', 'head_shared': True}, executor='compact')
+  model, params = model_and_params(
+    {'name': 'fuzzy', 'ratio': 0.7, 'rule': 'rank', 'head_shared': True}, executor='compact'
+  )
   trace = apply(model, params, BATCH).trace
   assert set(np.unique(trace.kept)) <= {0.0, 1.0}
   assert (np.asarray(trace.key_rows) == np.asarray(trace.keys)).all()

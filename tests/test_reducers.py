@@ -18,7 +18,9 @@ LENGTHS = (14, 9, 5, 2, 1)
 BATCH = ragged_batch(LENGTHS, 14)
 FAMILIES = {
   'bert': TINY_CONFIG,
-  'mpnet': dataclasses.replace(TINY_CONFIG, family='mpnet', type_vocab=0, position_offset=2, relative_buckets=32, pad_id=1),
+  'mpnet': dataclasses.replace(
+    TINY_CONFIG, family='mpnet', type_vocab=0, position_offset=2, relative_buckets=32, pad_id=1
+  ),
 }
 
 

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -282,11 +283,29 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
 
 def test_a_changed_config_is_refused_by_its_keys(tmp_path):
   config = settings.check({})
-  assert workdir.settle_config(tmp_path, config) == []
-  harmless = settings.check({'predict': 'x.txt', 'checkpoint': {'every': 7}})
-  assert sorted(workdir.settle_config(tmp_path, harmless)) == ['checkpoint.every', 'predict']
+  workdir.settle_config(tmp_path, config)
+  workdir.write_json(tmp_path / 'result.json', {})
+  workdir.settle_config(tmp_path, settings.check({'predict': 'x.txt', 'checkpoint': {'every': 7}}))
+  assert (tmp_path / 'result.json').exists()
+  workdir.settle_config(tmp_path, settings.check({'eval': {'timing': False}}))
+  assert not (tmp_path / 'result.json').exists()
   with pytest.raises(UserError, match=r'config\.optimizer\.warmup was 0\.1 and is now 0\.2; config\.seed'):
     workdir.settle_config(tmp_path, settings.check({'seed': 1, 'optimizer': {'warmup': 0.2}}))
+
+
+def test_a_signal_waits_for_the_step_but_interrupts_what_can_be_repeated():
+  before = signal.getsignal(signal.SIGTERM)
+  with stopping.Stop() as stop:
+    assert not stop.requested(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested(2) and stop.number == signal.SIGTERM
+    with pytest.raises(stopping.Interrupted), stop.at_once():
+      pytest.fail('was started although the run is to stop')
+  with stopping.Stop() as stop, pytest.raises(stopping.Interrupted), stop.at_once():
+    os.kill(os.getpid(), signal.SIGTERM)
+    pytest.fail('was not interrupted')
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert stopping.Stopped(signal.SIGTERM).code == 143
 
 
 def test_progress_elsewhere_than_on_a_terminal_is_a_line_now_and_then():

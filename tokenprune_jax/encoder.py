@@ -329,7 +329,9 @@ def trace(seen_by: dict, memory: Memory, slots: Array, overflow: Array, depth: i
     shared = tokens.seen.ndim == 2
     share = tokens.seen if shared else tokens.seen.mean(axis=1)
     columns['keys'][l - 1] = share.sum(-1)
-    columns['widest'][l - 1] = (tokens.seen if shared else tokens.seen.sum(-1).max(axis=1, keepdims=True)).sum(-1)
+    columns['widest'][l - 1] = (
+      tokens.seen if shared else tokens.seen.sum(-1).max(axis=1, keepdims=True)
+    ).sum(-1)
     # Where heads differ, every live slot is projected and each head then takes its own.
     columns['key_rows'][l - 1] = share.sum(-1) if shared else stream.live(tokens).sum(-1).astype(jnp.float32)
     columns['queries'][l - 1] = tokens.updated.sum(-1)

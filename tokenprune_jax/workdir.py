@@ -82,17 +82,18 @@ def lock(folder: pathlib.Path) -> TextIO:
   return file
 
 
-def settle_config(folder: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
-  """Writes config.json, or compares with the one that is there; returns the keys that changed.
+def settle_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes config.json, or compares with the one that is there. A result that another `eval` gave is removed.
 
-  Raises UserError naming them, unless none of them changes what is learned.
+  Raises UserError naming the keys that differ, unless none of them changes what is learned.
   """
   path = folder / 'config.json'
   earlier = read_json(path)
   if earlier is not None:
     refuse_differences(path, earlier, config)
+    if any(key.startswith('eval.') for key in settings.differences(earlier, config)):
+      (folder / 'result.json').unlink(missing_ok=True)
   write_json(path, config)
-  return [] if earlier is None else list(settings.differences(earlier, config))
 
 
 def refuse_differences(path: pathlib.Path, earlier: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -8,7 +8,9 @@ from tokenprune_jax.attention import Evidence
 from tokenprune_jax.reducer import Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
-TINY: dict = {'reducers': ({'name': 'fuzzy', 'ratio': 0.7, 'rule': 'rank'}, {'name': 'combine', 'slots': 3, 'layer': 3})}
+TINY: dict = {
+  'reducers': ({'name': 'fuzzy', 'ratio': 0.7, 'rule': 'rank'}, {'name': 'combine', 'slots': 3, 'layer': 3})
+}
 NEUTRAL: dict = {'reducers': ({'name': 'fuzzy', 'ratio': 1.0}, {'name': 'none'})}
 SUMMED = ('loss', 'overhead_macs')  # memory entries to which several methods may contribute
 
@@ -56,6 +58,8 @@ def merge(memory: Memory, opened: Memory) -> Memory:
   """Both memories; what both may add to is summed, any other name may be opened once."""
   twice = set(memory) & set(opened) - set(SUMMED)
   if twice:
-    raise ValueError(f'two methods of a chain both open the memory {sorted(twice)}; each name belongs to one method')
+    raise ValueError(
+      f'two methods of a chain both open the memory {sorted(twice)}; each name belongs to one method'
+    )
   summed = {name: jnp.add(memory[name], opened[name]) for name in set(memory) & set(opened)}
   return {**memory, **opened, **summed}

@@ -68,7 +68,9 @@ class Assign(nn.Module):
       init = (lambda key, shape: jnp.eye(*shape)) if self.identity else nn.initializers.normal(0.02)
       return values @ self.param(name, init, (width, width))
 
-    norms = [nn.LayerNorm(NORM_EPSILON, use_fast_variance=False, name=f'{name}_norm') for name in ('slot', 'token')]
+    norms = [
+      nn.LayerNorm(NORM_EPSILON, use_fast_variance=False, name=f'{name}_norm') for name in ('slot', 'token')
+    ]
     query, key = project('query', norms[0](slots)), project('key', norms[1](x))
     logits = jnp.einsum('bmd,bnd->bmn', query, key) * (width**-0.5 if self.scale else 1.0)
     if train:
@@ -81,13 +83,21 @@ class Method(Reducer):
   """Carries `slots` combination tokens, and combines all others into them in place of block `layer`."""
 
   slots: int = 8  # m
-  layer: int = 11  # the block that combining replaces, counted from 1; the paper's best of 12 is 11, its fastest 7
-  scale: bool = True  # logits / sqrt(d), as in the module's ancestor (GroupViT); the paper's equation has no scale
-  identity: bool = True  # start W_q, W_k, W_v, W_o at the identity, so that slots start as means of pretrained states
+  layer: int = (
+    11  # the block that combining replaces, counted from 1; the paper's best of 12 is 11, its fastest 7
+  )
+  scale: bool = (
+    True  # logits / sqrt(d), as in the module's ancestor (GroupViT); the paper's equation has no scale
+  )
+  identity: bool = (
+    True  # start W_q, W_k, W_v, W_o at the identity, so that slots start as means of pretrained states
+  )
 
   def check(self, depth: int, heads: int) -> None:
     if self.slots < 0:
-      raise UserError(f'reducer.slots is {self.slots}; it is the number of combination tokens, 0 (off) or more')
+      raise UserError(
+        f'reducer.slots is {self.slots}; it is the number of combination tokens, 0 (off) or more'
+      )
     if self.slots and not 2 <= self.layer <= depth:
       raise UserError(
         f'reducer.layer is {self.layer}; combining replaces a block after the first, so choose 2 to {depth}'
@@ -144,4 +154,6 @@ def only(combined: Float[Array, 'b m d'], size: Float[Array, 'b m']) -> Tokens:
   b, m, _ = combined.shape
   ones = jnp.ones((b, m))
   nowhere = jnp.full((b, m), -1, jnp.int32)
-  return Tokens(combined, ones, ones, jnp.ones((b, m), bool), nowhere, size, added=m, moved=True, capacity=Capacity())
+  return Tokens(
+    combined, ones, ones, jnp.ones((b, m), bool), nowhere, size, added=m, moved=True, capacity=Capacity()
+  )

@@ -37,9 +37,7 @@ def next_counts(ratio: float, length: int) -> tuple[int, ...]:
   return tuple(max(math.floor(exact * t), min(t, 1)) for t in range(length + 1))
 
 
-def quantile(
-  scores: Float[Array, '*b n'], valid: Bool[Array, '*b n'], share: float
-) -> Float[Array, '*b 1']:
+def quantile(scores: Float[Array, '*b n'], valid: Bool[Array, '*b n'], share: float) -> Float[Array, '*b 1']:
   """Quantile over the valid entries with linear interpolation, as numpy's default; 0 where none is valid."""
   ordered = jnp.sort(jnp.where(valid, scores, jnp.inf), axis=-1)
   place = share * jnp.maximum(valid.sum(-1, keepdims=True) - 1, 0).astype(scores.dtype)
@@ -96,7 +94,9 @@ def lottery(seeds: UInt32[Array, 'b'], layer: int, position: Int[Array, 'b n']) 
   return jax.vmap(draw)(seeds, position)
 
 
-def write(tokens: Tokens, stay: Bool[Array, 'b h n'], scores: Float[Array, 'b h n'], capacity: Capacity) -> Tokens:
+def write(
+  tokens: Tokens, stay: Bool[Array, 'b h n'], scores: Float[Array, 'b h n'], capacity: Capacity
+) -> Tokens:
   """The decision in the stream; added slots stay as they are and never leave for want of room."""
   added = ((0, 0), (0, 0), (0, tokens.added))
   seen = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None]
@@ -115,19 +115,25 @@ class Method(Reducer):
   head_shared: bool = False  # all heads keep the same tokens, by mean attention: then projections shrink too
   alpha_important: float = 0.01
   alpha_unimportant: float = 0.9
-  capacities: tuple[float, ...] = ()  # per layer: share of the input's slots, where the rule does not fix the count
+  capacities: tuple[
+    float, ...
+  ] = ()  # per layer: share of the input's slots, where the rule does not fix the count
   seed: int = 0  # of the rule `random`
 
   def check(self, depth: int, heads: int) -> None:
     if not 0 < self.ratio <= 1:
-      raise UserError(f'reducer.ratio is {self.ratio}; it is the share of tokens kept per layer, above 0 and at most 1')
+      raise UserError(
+        f'reducer.ratio is {self.ratio}; it is the share of tokens kept per layer, above 0 and at most 1'
+      )
     for name in ('alpha_important', 'alpha_unimportant'):
       if not 0 <= getattr(self, name) <= 1:
         raise UserError(f'reducer.{name} is {getattr(self, name)}; an alpha-cut lies between 0 and 1')
     if self.rule not in READINGS + SIMPLE:
       raise UserError(f'reducer.rule is {self.rule!r}; choose one of {", ".join(READINGS + SIMPLE)}')
     if self.capacities and (len(self.capacities) != depth or not all(0 < c <= 1 for c in self.capacities)):
-      raise UserError(f'reducer.capacities needs {depth} shares above 0 and at most 1, one a layer, got {self.capacities}')
+      raise UserError(
+        f'reducer.capacities needs {depth} shares above 0 and at most 1, one a layer, got {self.capacities}'
+      )
 
   def reads(self, layer: int) -> tuple[str, ...]:
     return {'entropy': ('entropy',), 'random': (), 'norm': ()}.get(self.rule, ('received',))
@@ -152,7 +158,9 @@ class Method(Reducer):
     table = jnp.asarray(next_counts(self.ratio, n))
     counts = table[memory['fuzzy_count']]
     core = important(scores, valid, self.alpha_important, self.alpha_unimportant)
-    stay = keep(self.rule, jnp.where(tokens.protected[:, None, :n], jnp.inf, scores), valid, core, counts, table)
+    stay = keep(
+      self.rule, jnp.where(tokens.protected[:, None, :n], jnp.inf, scores), valid, core, counts, table
+    )
     stay |= valid & tokens.protected[:, None, :n]
     capacity = Capacity(keys=None if tokens.moved else self.capacity(layer, n, tokens.added))
     return write(tokens, stay, scores, capacity), {**memory, 'fuzzy_count': counts}
