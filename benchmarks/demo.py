@@ -43,7 +43,8 @@ def table(results: dict[str, dict]) -> str:
     seconds, dense = result['seconds_per_example'], result['dense_seconds_per_example']
     lines.append((
       name, f'{100 * result["metrics"]["accuracy"]:.1f}', f'{100 * result["metrics"]["macro_f1"]:.1f}',
-      f'{result["macs_per_example"] / 1e9:.2f} G', f'{result["mac_ratio"]:.2f}', f'{1000 * seconds:.1f}', f'{dense / seconds:.2f}',
+      f'{result["macs_per_example"] / 1e9:.2f} G', f'{result["mac_ratio"]:.2f}', f'{1000 * seconds:.1f}',
+      f'{dense / seconds:.2f}',
     ))  # fmt: skip
   return report.table(lines)
 

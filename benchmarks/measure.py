@@ -1,8 +1,8 @@
 """Timing in one process: several programs in turns, with the machine's load beside."""
 
-from collections.abc import Callable, Mapping
 import os
 import time
+from collections.abc import Callable, Mapping
 
 import numpy as np
 

@@ -138,7 +138,8 @@ def calibrated(length: int, documents: int = 24) -> tuple[tuple[float, ...], dic
 def peak(variant: str, options) -> int:
   """Peak memory in bytes of a process that takes two steps of the variant."""
   command = [sys.executable, __file__, f'--peak={variant}', f'--batch={options.batch}', f'--length={options.length}',
-             f'--attention_dropout={options.attention_dropout}', f'--capacities={json.dumps(options.capacities)}']  # fmt: skip
+             f'--attention_dropout={options.attention_dropout}',
+             f'--capacities={json.dumps(options.capacities)}']  # fmt: skip
   return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 

@@ -1,9 +1,9 @@
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.tokens import Capacity

@@ -23,6 +23,7 @@ from tokenprune_jax import (
   pretrained,
   settings,
   stages,
+  stopping,
   train,
   workdir,
   writer,

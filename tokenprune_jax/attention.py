@@ -135,9 +135,9 @@ def _mix_mapped(query, key, value, seen, updated, bias, rng, how):
 
   def one(example):
     query, key, value, seen, updated, own, rng = example
-    own = shared[0] if shared is not None else own
-    arrays = [None if a is None else a[None] for a in (query, key, value, seen, updated, own)]
-    mixed, found = mix(*arrays, rng, how._replace(mapped=False))
+    own = shared if shared is not None else None if own is None else own[None]
+    alone = how._replace(mapped=False)
+    mixed, found = mix(query[None], key[None], value[None], seen[None], updated[None], own, rng, alone)
     return mixed[0], {name: a[0] for name, a in found.items()}
 
   return jax.lax.map(one, (query, key, value, seen, updated, own, rngs))

@@ -217,6 +217,7 @@ def words_sum(leaf: jax.Array) -> int:
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """{path: shape}."""
   return {path: tuple(leaf.shape) for path, leaf in named(tree).items()}
 
 

@@ -4,15 +4,15 @@ The encoder names no method: it calls the reducer's hooks, gathers survivors whe
 what every block computed. Shapes: b batch, n slots, h heads, d width, N input length, L layers (counted from 1).
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
-from flax import struct
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from tokenprune_jax import attention
@@ -143,11 +143,11 @@ class RelativeBias(nn.Module):
 
 
 class Rows(NamedTuple):
-  """The slots whose state a half-block computes; index and kept are None where that is all of them."""
+  """The slots whose state a half-block computes; place and kept are None where that is all of them."""
 
   x: Array  # [b q d]
   updated: Array  # [b q]
-  index: Array | None  # [b q]
+  place: Array | None  # [b q]
   kept: Array | None  # [b n]
   overflow: Array  # [b] bool
 
@@ -223,7 +223,7 @@ class Block(nn.Module):
       value,
       seen,
       rows.updated,
-      pick_bias(bias, rows.index, index),
+      pick_bias(bias, rows.place, index),
       self.make_rng('dropout') if dropout else None,
       attention.Mixing(reads, self.soft, dropout, attention.is_mapped(self.config.attention, train)),
     )
@@ -296,7 +296,7 @@ class Encoder(nn.Module):
       tokens, evidence, lost = block.attend(tokens, bias, self.reducer.reads(l), train)
       overflow |= lost
       tokens, memory = self.reducer.after_attention(tokens, memory, evidence, l)
-      tokens, bias, lost = self.shrink(tokens, bias) if compact else (tokens, bias, False)
+      tokens, bias, lost = self.shrink(tokens, bias) if compact else (tokens, bias, jnp.zeros_like(overflow))
       seen_by[l] = before, tokens.updated
       overflow |= lost
       tokens, lost = block.feed_forward(tokens, train)
@@ -305,7 +305,7 @@ class Encoder(nn.Module):
       tokens, memory = self.reducer.after_block(tokens, memory, l, train)
       if tokens.x.shape[1] != width:
         bias = self.relative_bias(tokens)
-      tokens, bias, lost = self.shrink(tokens, bias) if compact else (tokens, bias, False)
+      tokens, bias, lost = self.shrink(tokens, bias) if compact else (tokens, bias, jnp.zeros_like(overflow))
       overflow |= lost
     if self.is_initializing():  # a replaced block stays in the tree, so that one backbone fits every method
       for l in set(range(1, c.depth + 1)) - set(seen_by):

@@ -14,8 +14,6 @@ import struct
 import time
 from collections.abc import Mapping
 
-VARINT, DOUBLE, BYTES, FLOAT = 0, 1, 2, 5  # wire types
-
 
 class EventFile:
   """Appends scalars, without a buffer of its own. Raises OSError where there is no room."""
@@ -26,23 +24,23 @@ class EventFile:
       f'events.out.tfevents.{time.time_ns()}'  # TensorBoard reads all files of a folder in the order of names
     )
     self.file = open(folder / name, 'xb', buffering=0)  # noqa: SIM115 (open as long as the run lives)
-    self.write(0, field(3, BYTES, b'brain.Event:2'))  # file_version
+    self.write(0, field(3, b'brain.Event:2'))  # file_version
 
   def restart(self, step: int) -> None:
     """Tells TensorBoard to forget what other files of the folder have of `step` and later ones."""
-    self.write(step, field(7, BYTES, field(1, VARINT, 1)))  # session_log.status = START
+    self.write(step, field(7, whole(1, 1)))  # session_log.status = START
 
   def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
     """Adds {tag: value}."""
     summary = b''
     for tag, value in values.items():
-      message = field(1, BYTES, tag.encode()) + field(2, FLOAT, value)  # tag, simple_value
-      summary += field(1, BYTES, message)  # value
-    self.write(step, field(5, BYTES, summary))  # summary
+      message = field(1, tag.encode()) + real(2, 'f', float(value))  # tag, simple_value
+      summary += field(1, message)  # value
+    self.write(step, field(5, summary))  # summary
 
   def write(self, step: int, content: bytes) -> None:
     """One record with an Event."""
-    event = field(1, DOUBLE, time.time()) + field(2, VARINT, step) + content  # wall_time, step
+    event = real(1, 'd', time.time()) + whole(2, step) + content  # wall_time, step
     length = struct.pack('<Q', len(event))
     self.file.write(length + masked_crc(length) + event + masked_crc(event))
 
@@ -50,14 +48,19 @@ class EventFile:
     self.file.close()
 
 
-def field(number: int, kind: int, value: int | float | bytes) -> bytes:
-  """One field of a protocol buffer."""
-  key = varint(number << 3 | kind)
-  if kind == BYTES:
-    return key + varint(len(value)) + value
-  return key + {VARINT: varint, DOUBLE: struct.Struct('<d').pack, FLOAT: struct.Struct('<f').pack}[kind](
-    value
-  )
+def field(number: int, content: bytes) -> bytes:
+  """A field of bytes, text or another message."""
+  return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def whole(number: int, value: int) -> bytes:
+  """A field with a whole number."""
+  return varint(number << 3) + varint(value)
+
+
+def real(number: int, kind: str, value: float) -> bytes:
+  """A field with a double, kind 'd', or a float, kind 'f'."""
+  return varint(number << 3 | (1 if kind == 'd' else 5)) + struct.pack(f'<{kind}', value)
 
 
 def varint(value: int) -> bytes:

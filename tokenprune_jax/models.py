@@ -1,15 +1,15 @@
 """The model: encoder, read-out and head; and the one place that finds a method by its name."""
 
-from collections.abc import Mapping
 import dataclasses
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
 
-from flax import struct
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from tokenprune_jax import reducers
@@ -125,7 +125,7 @@ class Classifier(nn.Module):
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], train: bool = False) -> Output:
     encoder = Encoder(self.config, self.reducer, self.executor, self.readout == 'cls', name='encoder')
-    inputs = Inputs(batch['ids'], batch['mask'], batch['types'], batch.get('controls', {}))
+    inputs = Inputs(batch['ids'], batch['mask'], batch['types'], dict(batch.get('controls', {})))
     tokens, memory, trace = encoder(inputs, train)
     logits = Head(self.config, self.labels, self.head, name='head')(read_out(tokens, self.readout), train)
     return Output(logits, jnp.asarray(memory.get('loss', 0.0), jnp.float32), trace)

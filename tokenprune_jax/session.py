@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tokenprune_jax import data, predict, pretrained, sharding, stages, tasks, writer
+from tokenprune_jax.data import files
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, make_reducer
 
@@ -31,7 +32,9 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
   sharding.check_batch('optimizer.batch_size', optimizer['batch_size'], optimizer['accumulate'])
   sharding.check_batch('eval.batch_size', config['eval']['batch_size'])
   if config['predict']:
-    predict.read_texts(pathlib.Path(config['predict']))
+    predict.read_texts(
+      pathlib.Path(config['predict']), files.Columns(config['data']['text'], config['data']['text_pair'])
+    )
   mesh, task = sharding.make_mesh(config['parallel']['fsdp']), tasks.make(config['task']['name'])
   weights, max_length = load_weights(config), config['data']['max_length']
   for stage in config['stages']:  # a wrong setting of the last stage is not to be found after the first one

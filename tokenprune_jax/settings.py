@@ -91,14 +91,17 @@ Rule = tuple[Callable[[Any], bool], str]
 
 
 def one_of(*names: str) -> Rule:
+  """The value is one of these."""
   return names.__contains__, 'one of ' + ', '.join(repr(name) for name in names)
 
 
 def at_least(low: int | float) -> Rule:
+  """The value is no less."""
   return lambda value: value >= low, f'{low} or more'
 
 
 def is_regex(text: str) -> bool:
+  """Whether `re` can read it."""
   try:
     re.compile(text)
   except re.error:
@@ -107,6 +110,7 @@ def is_regex(text: str) -> bool:
 
 
 def are_groups(groups: Sequence[Any]) -> bool:
+  """Whether each is a regular expression and a factor."""
   return all(
     isinstance(group, Sequence) and len(group) == 2 and isinstance(group[0], str) and is_regex(group[0])
     and isinstance(group[1], (int, float)) and group[1] >= 0 for group in groups
@@ -114,6 +118,7 @@ def are_groups(groups: Sequence[Any]) -> bool:
 
 
 def are_increasing(lengths: Sequence[Any]) -> bool:
+  """Whether they are whole numbers above 0, each above the one before."""
   return (
     len(lengths) > 0
     and all(type(length) is int for length in lengths)

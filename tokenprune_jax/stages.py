@@ -53,7 +53,7 @@ def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task
         f'stage {stage["name"]!r} names a teacher, but its objective is the default one, without any.'
       )
     return default_objective(task)
-  brought = {}
+  brought: dict[str, Objective] = {}
   for name in names(spec):
     brought |= getattr(module(name), 'OBJECTIVES', {})
   if stage['objective'] not in brought:
@@ -73,6 +73,7 @@ def finish(spec: Mapping[str, Any], params: Any, validation: Validation) -> dict
 
 
 def module(name: str) -> ModuleType:
+  """The file of a method."""
   return importlib.import_module(f'{reducers.__name__}.{name}')
 
 

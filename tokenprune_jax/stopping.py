@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -28,7 +29,7 @@ class Stop:
   def __init__(self):
     self.number = 0  # of the signal that came
     self.may_interrupt = False
-    self.before: dict[int, object] = {}
+    self.before: dict[int, Any] = {}
 
   def __enter__(self) -> 'Stop':
     # With several processes JAX catches SIGTERM itself, because all have to stop at the same step.

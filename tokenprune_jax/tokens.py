@@ -6,9 +6,9 @@ no field can be forgotten. Shapes: b batch, n slots of the stream, h heads, d wi
 
 from typing import NamedTuple
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
 
@@ -24,8 +24,7 @@ class Capacity(NamedTuple):
   slots: int | None = None
 
 
-@struct.dataclass
-class Tokens:
+class Tokens(struct.PyTreeNode):
   """The stream between two half-blocks. Masks are floats in [0, 1]: hard 0/1, or between while a method trains softly."""
 
   x: Array  # [b n d] states

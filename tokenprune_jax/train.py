@@ -48,7 +48,7 @@ class Done:
 
   step: int  # of the run, when the stage ended
   best_step: int  # of its best checkpoint
-  best_loss: float  # of that one on the validation split
+  best_loss: float | None  # of that one on the validation split
   reducer: dict[str, Any]  # the spec it was trained with
   fields: dict[str, dict[str, Any]]  # what its reducers hand on to later stages
 
@@ -212,8 +212,8 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
         save()
       checkpoints.wait()
       recorder.close()
-      saved = checkpoints.path(position.total)
-      writer.say(f'stopped, and saved in {saved}; the same command goes on from there')
+      place = checkpoints.path(position.total)
+      writer.say(f'stopped, and saved in {place}; the same command goes on from there')
       raise Stopped(stop.number)
     if position.step == steps or 0 < options['patience'] <= position.worse:
       break
@@ -251,13 +251,11 @@ def make_step(
   tells which one is not finite.
   """
   apply = stages.forward(model)
+  teach = None if teacher_model is None else stages.forward(teacher_model)
 
   def loss_of(trained, frozen, teacher_params, batch, key):
-    def teacher(batch):
-      return jax.lax.stop_gradient(stages.forward(teacher_model)(teacher_params, batch))
-
-    params = optim.merge(trained, frozen)
-    return objective(apply, params, batch, key, None if teacher_model is None else teacher)
+    teacher = None if teach is None else lambda batch: jax.lax.stop_gradient(teach(teacher_params, batch))
+    return objective(apply, optim.merge(trained, frozen), batch, key, teacher)
 
   def step(state, frozen, teacher_params, batch, seed, number):
     key = jax.random.fold_in(jax.random.key(seed, impl=PRNG), number)

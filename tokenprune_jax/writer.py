@@ -70,6 +70,7 @@ class MetricsWriter:
 
 
 def is_number(value: Any) -> bool:
+  """Whether TensorBoard can draw it."""
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

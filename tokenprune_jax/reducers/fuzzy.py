@@ -12,8 +12,8 @@ open: quartiles are pooled over heads and real tokens of one example; `protect` 
 least one token is kept; counts follow each example's real length, capacities the padded one.
 """
 
-from fractions import Fraction
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +172,7 @@ class Method(Reducer):
     if self.rule == 'norm':
       return jnp.linalg.norm(jax.lax.stop_gradient(tokens.x), axis=-1)[:, None]
     score = evidence.entropy if self.rule == 'entropy' else evidence.received
+    assert score is not None  # `reads` asked for it
     return score.mean(1, keepdims=True) if self.head_shared or self.rule in SIMPLE else score
 
   def capacity(self, layer: int, n: int, added: int) -> int | None:
