@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_and_said(tmp_path,
   assert_equal(found, make_state(1))
   assert record['step'] == 1
   assert f'{folder / "2"} is damaged' in capsys.readouterr().err
-  assert (tmp_path / 'damaged' / 'stage-2').is_dir() and not (folder / '2').exists()
+  assert (tmp_path / 'stage-2.damaged').is_dir() and not (folder / '2').exists()
   save(folder, {2: 5})
 
 
@@ -109,7 +109,7 @@ def test_where_all_are_damaged_the_run_stops_instead_of_starting_over(tmp_path):
   save(folder, {1: 1, 2: 2})
   for step in '12':
     flip_a_bit(biggest(folder / step))
-  with pytest.raises(UserError, match='every checkpoint in .* is damaged'):
+  with pytest.raises(UserError, match='every checkpoint in .* was damaged'):
     Checkpoints(folder).resume(like(make_state(0)), CONFIG)
 
 

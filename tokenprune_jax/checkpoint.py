@@ -155,7 +155,7 @@ class Checkpoints:
   ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """(state, record) of the newest good checkpoint; None where there is none yet.
 
-    A damaged one is moved aside into damaged/ and said so. Raises UserError where all of them are, or where
+    A damaged one is moved beside the folder and said so. Raises UserError where all of them are, or where
     the config in the record is another one.
     """
     found = self.steps()
@@ -168,17 +168,16 @@ class Checkpoints:
         writer.say(f'warning: checkpoint {self.path(step)} is damaged: {damage}. Moved to {aside}.')
     if found:
       raise UserError(
-        f'every checkpoint in {self.folder} is damaged; they are kept in {self.folder.parent / "damaged"}. '
-        'Run the same command again to start this stage from its beginning.'
+        f'every checkpoint in {self.folder} was damaged, and is now beside it. Run the same command again to '
+        'start this stage from its beginning.'
       )
     return None
 
   def set_aside(self, step: int) -> pathlib.Path:
-    aside = self.folder.parent / 'damaged' / f'{self.folder.name}-{step}'
+    aside = self.folder.with_name(f'{self.folder.name}-{step}.damaged')
     if jax.process_index() == 0:
-      aside.parent.mkdir(exist_ok=True)
       while aside.exists():
-        aside = aside.with_name(aside.name + '-again')
+        aside = aside.with_name(f'{aside.name}.damaged')
       os.replace(self.path(step), aside)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'set aside {step}')

@@ -1,12 +1,10 @@
 """TensorBoard's event files, as far as scalars need them: records that each hold one protocol buffer.
 
-Written out because the packages that write them import torch where it is installed (seconds at every
-start) and hand the writing to a thread, which on a full disk dies unseen and leaves the training waiting
-for it.
+Written out because tensorboardX imports torch where it is installed (seconds at every start) and hands the
+writing to a thread, which on a full disk dies unseen and leaves the training waiting for it.
 
-Format: a record is length (8 bytes), its masked CRC, the data, its masked CRC;
-github.com/tensorflow/tensorflow core/lib/io/record_writer.h. Data: the message Event of
-core/util/event.proto; field numbers are beside each line.
+A record is length (8 bytes), its masked CRC, data, its masked CRC (TensorFlow's lib/io/record_writer.h); the data
+is the message Event of TensorFlow's util/event.proto. The names of the fields written are beside each line.
 """
 
 import pathlib
@@ -20,9 +18,8 @@ class EventFile:
 
   def __init__(self, folder: pathlib.Path):
     folder.mkdir(parents=True, exist_ok=True)
-    name = (
-      f'events.out.tfevents.{time.time_ns()}'  # TensorBoard reads all files of a folder in the order of names
-    )
+    # TensorBoard reads all files of a folder in the order of their names.
+    name = f'events.out.tfevents.{time.time_ns()}'
     self.file = open(folder / name, 'xb', buffering=0)  # noqa: SIM115 (open as long as the run lives)
     self.write(0, field(3, b'brain.Event:2'))  # file_version
 

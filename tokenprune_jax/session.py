@@ -13,7 +13,7 @@ from tokenprune_jax.models import Classifier, make_reducer
 
 
 class Session(NamedTuple):
-  """See the module."""
+  """One run's config, devices, data and weights."""
 
   config: dict[str, Any]
   folder: pathlib.Path

@@ -46,9 +46,8 @@ DEFAULTS: dict[str, Any] = {
   'stages': ({'name': 'finetune', 'epochs': 2},),
   'optimizer': {
     'learning_rate': 5e-5,
-    'groups': (
-      ('head/.*|reducer/.*', 10.0),
-    ),  # (regex of parameter paths, learning-rate factor); the first match wins
+    # (regex of parameter paths, factor of the learning rate); the first match wins
+    'groups': (('head/.*|reducer/.*', 10.0),),
     'warmup': 0.1,  # share of the steps
     'weight_decay': 0.01,  # not on biases and norms
     'clip': 1.0,  # largest global norm of the gradient; 0 = no clipping

@@ -62,13 +62,15 @@ def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task
   return brought[stage['objective']]
 
 
-def finish(spec: Mapping[str, Any], params: Any, validation: Validation) -> dict[str, dict[str, Any]]:
-  """{reducer: fields} that the stage's reducers hand on to later stages."""
+def finish(
+  spec: Mapping[str, Any], params: Callable[[], Any], validation: Validation
+) -> dict[str, dict[str, Any]]:
+  """{reducer: fields} that the stage's reducers hand on to later stages; params() reads the best ones."""
   fields = {}
   for name in names(spec):
     end = getattr(module(name), 'finish', None)
     if end is not None:
-      fields[name] = end(params, validation)
+      fields[name] = end(params(), validation)
   return fields
 
 

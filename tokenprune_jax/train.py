@@ -12,6 +12,7 @@ state, on its own number (from which all its randomness is made) and on the data
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -86,7 +87,7 @@ def run(config: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
   Ctrl-C.
   """
   config, folder = settings.check(config), pathlib.Path(folder)
-  with contextlib.ExitStack() as stack:
+  with workdir.storage_errors(folder), contextlib.ExitStack() as stack:
     # ------------------------------------------------------------------------------------------------ Folder
     def claim() -> bool:
       stack.enter_context(workdir.lock(folder))
@@ -183,18 +184,14 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
     if session.out is not None:
       session.out.flush()
     position.data = iterator.get_state()
-    record = {
-      'position': dataclasses.asdict(position),
-      'total': position.total,
-      'seed': seed,
-      'config': config,
-    }
+    epoch = position.step // plan.steps_per_epoch
+    record = {'position': dataclasses.asdict(position), 'epoch': epoch, 'seed': seed, 'config': config}
     best = position.total if position.best_step < 0 else position.best_step
     kept = {'params': optim.merge(state['trained'], frozen), 'optimizer': state['optimizer']}
     checkpoints.save(position.total, kept, record, best)
 
   # -------------------------------------------------------------------------------------------------- Loop
-  saved_step = position.step
+  saved_step = -1 if found is None else position.step
   while True:
     boundary = position.step % validate_every == 0 or position.step == steps
     if boundary and position.validated < position.step:
@@ -217,7 +214,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
       raise Stopped(stop.number)
     if position.step == steps or 0 < options['patience'] <= position.worse:
       break
-    if position.step % config['checkpoint']['every'] == 0 and position.step != saved_step:
+    if 0 < position.step != saved_step and position.step % config['checkpoint']['every'] == 0:
       save()
       saved_step = position.step
     batch = sharding.global_batch(next(iterator), batch_sharding)
@@ -229,7 +226,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   recorder.close()
   checkpoints.close()
   outcome = Done(position.total, position.best_step, position.best_loss, spec, {})
-  best = best_params(session, name, outcome)
+  best = functools.partial(best_params, session, name, outcome)
   outcome.fields = stages.finish(spec, best, validation(session, model))
   record = dataclasses.asdict(outcome)
   sharding.on_first(lambda: workdir.write_json(folder / 'stages' / f'{name}.json', record))

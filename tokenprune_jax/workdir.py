@@ -1,21 +1,19 @@
 """The folder of one run: its lock, its config and files that are either whole or not there."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from tokenprune_jax import settings
 from tokenprune_jax.errors import UserError
 
-# What a user can mend: no space, no permission, a file where a folder should be.
-STORAGE_ERRORS = frozenset(
-  (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
-  + (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR)
-)
+# What storage does to a run that began well, wherever it writes.
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def storage_error(error: OSError, path: str | os.PathLike) -> UserError:
@@ -24,6 +22,17 @@ def storage_error(error: OSError, path: str | os.PathLike) -> UserError:
     f'cannot write {error.filename or path}: {error.strerror or error}. The workdir has to be writable '
     'and to have room; once it is, the same command goes on from the last checkpoint.'
   )
+
+
+@contextlib.contextmanager
+def storage_errors(folder: pathlib.Path) -> Iterator[None]:
+  """Within, storage that is full or fails is a UserError, whichever library was writing."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in STORAGE_ERRORS:
+      raise
+    raise storage_error(error, folder) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -93,10 +93,11 @@ class Progress:
     if now - self.shown < (0.2 if self.live else self.seconds) and step < self.steps:
       return
     self.shown = now
-    left = clock((self.steps - step) * self.spent / self.done) if self.done else '?'
-    self.show(
-      f'{self.stage}  step {step}/{self.steps}  loss {loss:.4f}  {self.rate():.1f} examples/s  {left} left'
-    )
+    text = f'{self.stage}  step {step}/{self.steps}  loss {loss:.4f}'
+    if self.done:
+      left = clock((self.steps - step) * self.spent / self.done)
+      text += f'  {self.rate():.1f} examples/s  {left} left'
+    self.show(text)
 
   def rate(self) -> float:
     """Examples per second, compiling, validating and saving left out."""
