@@ -47,11 +47,12 @@ def apply(model, params, batch, train=False, rngs=None):
 def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
   """A model and parameters far from their initial values, so that no two tokens look alike."""
   model = Classifier(config, make_reducer(spec), labels=3, **kwargs).check()
-  params = model.init_params(jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
-  return model, jax.tree.unflatten(tree, noisy)
+  rng = np.random.default_rng(seed + 1)
+  params = jax.tree.map(
+    lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32),
+    model.init_params(jax.random.key(seed)),
+  )
+  return model, params
 
 
 def attention_loop(query, key, value, seen, bias=None):
