@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.tiny_run import STEPS, config, lines, start
+from tests.tiny_run import STEPS, config, ended, lines, start
 from tokenprune_jax import optim, pretrained, train
 from tokenprune_jax.errors import UserError
 
@@ -23,15 +23,14 @@ CHANGES = {
 
 def stop_at(folder, step, number):
   """Runs until `step` is written down, then sends the signal; returns (exit status, what it said)."""
-  process = start(folder, pause=0.15, **CHANGES)
-  deadline = time.monotonic() + 300
+  run = start(folder, pause=0.15, **CHANGES)
+  process, deadline = run[0], time.monotonic() + 300
   while process.poll() is None and time.monotonic() < deadline:
     if any(row['step'] >= step for row in lines_so_far(folder)):
       process.send_signal(number)
       break
     time.sleep(0.01)
-  said = process.communicate(timeout=300)[1]
-  return process.returncode, said
+  return ended(run)
 
 
 def lines_so_far(folder):

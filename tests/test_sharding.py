@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from tests.tiny_run import STEPS, config, lines, start
+from tests.tiny_run import STEPS, config, ended, lines, start
 from tokenprune_jax import optim, pretrained, sharding, train
 from tokenprune_jax.errors import UserError
 
@@ -35,9 +35,8 @@ def start_two(folder, **options):
   return [start(folder, parallel__process=i, **CHANGES, **parallel, **options) for i in range(2)]
 
 
-def statuses(processes):
-  said = [process.communicate(timeout=300)[1] for process in processes]
-  return [process.returncode for process in processes], said
+def statuses(runs):
+  return tuple(zip(*[ended(run) for run in runs]))
 
 
 @pytest.fixture(scope='module')
@@ -63,23 +62,23 @@ def assert_same(folder, one):
 
 def test_four_devices_with_parameters_spread_over_two(one, tmp_path):
   status, said = statuses([start(tmp_path, devices=4, parallel__fsdp=2, **CHANGES)])
-  assert status == [0], said
+  assert status == (0,), said
   assert_same(tmp_path, one)
   saved = (tmp_path / 'checkpoints' / 'tune' / str(STEPS) / 'state' / '_sharding').read_text()
   assert 'fsdp' in saved.replace('"data", "fsdp"', '').replace('axis_names', '')
 
 
 def test_two_processes_told_to_stop_and_started_again(one, tmp_path):
-  processes = start_two(tmp_path, pause=0.3)
+  runs = start_two(tmp_path, pause=0.5)
   deadline = time.monotonic() + 300
-  while not lines(tmp_path) and processes[0].poll() is None and time.monotonic() < deadline:
+  while not lines(tmp_path) and runs[0][0].poll() is None and time.monotonic() < deadline:
     time.sleep(0.02)
-  processes[1].send_signal(signal.SIGTERM)
-  status, said = statuses(processes)
-  assert status == [128 + signal.SIGTERM] * 2, said
+  runs[1][0].send_signal(signal.SIGTERM)
+  status, said = statuses(runs)
+  assert status == (128 + signal.SIGTERM,) * 2, said
   assert 'the same command goes on' in said[0]
   status, said = statuses(start_two(tmp_path))
-  assert status == [0, 0], said
+  assert status == (0, 0), said
   assert_same(tmp_path, one)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 STEPS = 6  # an epoch
@@ -44,11 +45,26 @@ def lines(workdir, split=None):
 
 
 def start(workdir, *, devices=1, pause=0.0, **changes):
-  """The run as a process; its output goes to the pipe `stderr`."""
+  """The run as a process, for `ended`."""
   request = json.dumps({'config': changes, 'devices': devices, 'pause': pause})
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   command = [sys.executable, '-m', 'tests.tiny_run', str(workdir), request]
-  return subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+  # A file, for a pipe that is full while another process is waited for would stop both.
+  log = tempfile.TemporaryFile('w+', encoding='utf-8')  # noqa: SIM115 (`ended` closes it)
+  return subprocess.Popen(command, cwd=root, stderr=log), log
+
+
+def ended(run, seconds=300):
+  """(exit status, what it said) of what `start` gave."""
+  process, log = run
+  try:
+    process.wait(timeout=seconds)
+  finally:
+    process.kill()
+    log.seek(0)
+    said = log.read()
+    log.close()
+  return process.returncode, said
 
 
 def main():

@@ -7,12 +7,10 @@ not notice is a file whose bytes changed later: a sum over the bits of every ten
 and compared on reading.
 """
 
-import contextlib
-import gc
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,8 +115,7 @@ class Checkpoints:
     """
     record = self.record(step)
     self.refuse_shapes(step, like)
-    with no_noise():
-      state, problem = self.read(step, like)
+    state, problem = self.read(step, like)
     if state is None:
       raise Damaged(f'its tensors cannot be read ({problem})')
     for path, total in bit_sums(state).items():
@@ -128,10 +125,14 @@ class Checkpoints:
 
   def read(self, step: int, like: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """(state, '') or (None, what Orbax raised)."""
+    report = sys.unraisablehook
+    hush()
     try:
-      return self.manager.load_checkpointables(step, {'state': dict(like)})['state'], ''
+      state = self.manager.load_checkpointables(step, {'state': dict(like)})['state']
     except DAMAGE as error:
       return None, type(error).__name__
+    sys.unraisablehook = report
+    return state, ''
 
   def refuse_shapes(self, step: int, like: Mapping[str, Any]) -> None:
     try:
@@ -189,15 +190,20 @@ class Checkpoints:
     self.manager.close()
 
 
-@contextlib.contextmanager
-def no_noise() -> Iterator[None]:
-  """Orbax leaves coroutines behind where a read fails, and these complain on stderr as they are collected."""
-  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-  try:
-    yield
-  finally:
-    gc.collect()
-    sys.unraisablehook = hook
+def hush() -> None:
+  """Keeps what Orbax leaves behind where a read fails off the screen, now and later.
+
+  Its reads of the other tensors go on, then find their event loop gone and report that to the
+  interpreter, from threads of their own and seconds later: tracebacks about a checkpoint that has long
+  been set aside.
+  """
+  report = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if not any(text in str(unraisable.exc_value) for text in ('Event loop is closed', 'reading array index')):
+      report(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def bit_sums(state: Any) -> dict[str, int]:

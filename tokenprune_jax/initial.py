@@ -40,7 +40,8 @@ def graft(model: Classifier, key: jax.Array, source: Mapping[str, Any], origin: 
     elif path in here:
       new.append(path)
   if new:
-    writer.say(f'new, not from {origin}: {", ".join(new)}')
+    parts = sorted({'/'.join(path.split('/')[:2]) for path in new})
+    writer.say(f'new, not from {origin}: {", ".join(parts)} ({len(new)} tensors)')
 
   def make_new(key):
     params = optim.flatten(model.init_params(key))
