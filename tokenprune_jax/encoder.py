@@ -5,12 +5,9 @@ what every block computed. Shapes: b batch, n slots, h heads, d width, N input l
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
@@ -18,6 +15,7 @@ from jaxtyping import Array, Float
 from tokenprune_jax import attention
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.attention import Evidence
+from tokenprune_jax.layers import ACTIVATIONS, Dense, Norm
 from tokenprune_jax.reducer import Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
@@ -50,13 +48,6 @@ class EncoderConfig:
     return self.max_positions - self.position_offset
 
 
-ACTIVATIONS: dict[str, Callable] = {
-  'gelu': functools.partial(nn.gelu, approximate=False),
-  'gelu_tanh': nn.gelu,
-  'relu': nn.relu,
-}
-
-
 @struct.dataclass
 class Trace:
   """What each block computed, per example and layer [b L] float32; 0 in a replaced block. The ground of every count."""
@@ -71,38 +62,6 @@ class Trace:
   overhead: Array  # [b] multiply-adds of the method itself
   overflow: Array  # [b] bool: a capacity was too small, so the result differs from `mask`
   assignment: Array  # [b N] int32 combination slot of each token; -1 none
-
-
-class Dense(nn.Module):
-  """x @ kernel + bias with float32 accumulation, whatever the compute type."""
-
-  features: int
-  dtype: str
-  init: Callable = nn.initializers.normal(0.02)
-  use_bias: bool = True
-
-  @nn.compact
-  def __call__(self, x: Float[Array, '*b i']) -> Float[Array, '*b o']:
-    kernel = self.param('kernel', self.init, (x.shape[-1], self.features))
-    y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-    if self.use_bias:
-      y = y + self.param('bias', nn.initializers.zeros, (self.features,))
-    return y.astype(self.dtype)
-
-
-class Norm(nn.Module):
-  """LayerNorm in float32 with the two-pass variance, as the pretrained weights were made with."""
-
-  epsilon: float
-
-  @nn.compact
-  def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
 
 
 class Embeddings(nn.Module):

@@ -13,8 +13,9 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from tokenprune_jax import reducers
-from tokenprune_jax.encoder import Dense, Encoder, EncoderConfig, Trace
+from tokenprune_jax.encoder import Encoder, EncoderConfig, Trace
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Inputs, Reducer
 from tokenprune_jax.tokens import Tokens
 

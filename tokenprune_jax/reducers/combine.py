@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.layers import Norm
 from tokenprune_jax.reducer import Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Capacity, Tokens, scatter_to_input
 
@@ -68,10 +69,8 @@ class Assign(nn.Module):
       init = (lambda key, shape: jnp.eye(*shape)) if self.identity else nn.initializers.normal(0.02)
       return values @ self.param(name, init, (width, width))
 
-    norms = [
-      nn.LayerNorm(NORM_EPSILON, use_fast_variance=False, name=f'{name}_norm') for name in ('slot', 'token')
-    ]
-    query, key = project('query', norms[0](slots)), project('key', norms[1](x))
+    query = project('query', Norm(NORM_EPSILON, name='slot_norm')(slots))
+    key = project('key', Norm(NORM_EPSILON, name='token_norm')(x))
     logits = jnp.einsum('bmd,bnd->bmn', query, key) * (width**-0.5 if self.scale else 1.0)
     if train:
       logits = logits + jax.random.gumbel(self.make_rng('reduce'), logits.shape)
