@@ -1,6 +1,7 @@
 """Runs one config: python main.py --config=configs/NAME.py[:variant] --workdir=DIR [--config.key=value …]"""
 
 import os
+import re
 import sys
 
 from absl import app, flags, logging
@@ -18,21 +19,27 @@ def parse(arguments):
     words = flags.FLAGS(arguments)[1:]
     given = {'config': CONFIG.value and CONFIG.value.to_dict(), 'workdir': WORKDIR.value}
   except (flags.Error, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-    raise UserError(cause(error)) from error
+    raise UserError(cause(error, arguments)) from error
   wrong = [f'--{name} is missing' for name, value in given.items() if not value]
   if wrong or words:
     raise UserError(f'{", ".join(wrong) or f"{words[0]!r} is no flag"}. {__doc__}')
   return given['config'], given['workdir']
 
 
-def cause(error):
+def cause(error, arguments):
   """In one line: what a config file raised, where that came wrapped in a traceback, else the message."""
-  unknown = 'no such config key: ' if isinstance(error, (AttributeError, LookupError)) else ''
+  unknown = isinstance(error, (AttributeError, LookupError))
   while 'Traceback' in str(error) and error.__context__ is not None:
     error = error.__context__
   while isinstance(error, Exception) and error.args:
     error = error.args[0]
-  return unknown + ' '.join(str(error).split())
+  message = ' '.join(str(error).split())
+  if not unknown:
+    return message
+  name = message.split()[0].strip('\'"')
+  keys = (word.split('=')[0] for word in arguments if word.startswith('--config.'))
+  key = next((key for key in keys if name in re.split(r'[.\[\]]+', key)), '--config')
+  return f'{key}: no such config key: {message}'
 
 
 def main(arguments):

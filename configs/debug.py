@@ -1,4 +1,4 @@
-"""The smallest real run of everything: a random encoder of 2 layers learns 3 classes of generated text, offline.
+"""The smallest real run of everything: a random encoder of 3 layers learns 3 classes of generated text, offline.
 
     python main.py --config=configs/debug.py --workdir=runs/debug
 
@@ -7,11 +7,12 @@ Variants after a colon: pfc (default), pf, c, dense, two_stage. 12 s on 2 cores,
 
 import ml_collections
 
+from configs import imdb_fuzzy
 from tokenprune_jax import settings
 from tokenprune_jax.errors import UserError
 
-FUZZY = {'name': 'fuzzy', 'ratio': 0.7}
-COMBINE = {'name': 'combine', 'slots': 4, 'layer': 2}
+FUZZY = {**imdb_fuzzy.FUZZY, 'ratio': 0.7}
+COMBINE = {**imdb_fuzzy.COMBINE, 'slots': 4, 'layer': 3}
 REDUCERS = {
   'pfc': {'name': 'chain', 'reducers': (FUZZY, COMBINE)},
   'pf': FUZZY,
@@ -26,16 +27,16 @@ def get_config(variant: str = 'pfc') -> ml_collections.ConfigDict:
   if variant not in REDUCERS:
     raise UserError(f"configs/debug.py has no variant '{variant}'; there is: {', '.join(REDUCERS)}.")
   config = settings.defaults()
-  config['model'] |= {'weights': 'random:bert:layers=2,width=64,heads=4,hidden=128,vocab=512'}
+  config['model'] |= {'weights': 'random:bert:layers=3,width=64,heads=4,hidden=128,vocab=512'}
   config['data'] |= {'name': 'synthetic', 'max_length': 64, 'buckets': (32, 64)}
   config['reducer'] = REDUCERS[variant]
   config['optimizer'] |= {'learning_rate': 1e-3}
   config['checkpoint'] |= {'every': 20}
   if variant == 'two_stage':  # dense first, then pruned
     config['stages'] = (
-      {'name': 'dense', 'epochs': 2, 'reducer': {'name': 'none'}},
-      {'name': 'pruned', 'epochs': 2, 'init': 'dense'},
+      settings.stage(name='dense', reducer={'name': 'none'}),
+      settings.stage(name='pruned', init='dense'),
     )
   else:
-    config['stages'] = ({'name': 'finetune', 'epochs': 3},)
+    config['stages'] = (settings.stage(epochs=3),)
   return ml_collections.ConfigDict(config)

@@ -16,6 +16,15 @@ from tokenprune_jax.errors import UserError
 
 DEPTH = {'minilm-l6': 6, 'mpnet-base': 12}  # any other weights: 12
 COMBINE_LAYER = {('late', 12): 11, ('early', 12): 7, ('late', 6): 5, ('early', 6): 4}
+FUZZY = {
+  'name': 'fuzzy',
+  'ratio': 0.9,
+  'rule': 'protect',
+  'head_shared': False,
+  'alpha_important': 0.01,
+  'alpha_unimportant': 0.9,
+}
+COMBINE = {'name': 'combine', 'slots': 8, 'scale': True, 'identity': True}
 VARIANTS = ('dense', 'p', 'pf', 'c_late', 'c_early', 'pfc_late', 'pfc_early')
 
 
@@ -26,10 +35,10 @@ def reducer(variant: str, depth: int) -> dict:
   if variant == 'dense':
     return {'name': 'none'}
   method, _, when = variant.partition('_')
-  prune = {'name': 'fuzzy', 'ratio': 0.9, 'rule': 'rank' if method == 'p' else 'protect'}
+  prune = {**FUZZY, 'rule': 'rank' if method == 'p' else 'protect'}
   if not when:
     return prune
-  combine = {'name': 'combine', 'slots': 8, 'layer': COMBINE_LAYER[when, depth]}
+  combine = {**COMBINE, 'layer': COMBINE_LAYER[when, depth]}
   return combine if method == 'c' else {'name': 'chain', 'reducers': (prune, combine)}
 
 
@@ -49,5 +58,5 @@ def get_config(argument: str = 'pfc_late') -> ml_collections.ConfigDict:
   }
   config['reducer'] = reducer(variant, DEPTH.get(weights, 12))
   config['optimizer'] |= {'learning_rate': 5e-5, 'groups': (('head/.*|reducer/.*', 10.0),)}
-  config['stages'] = ({'name': 'finetune', 'epochs': 2},)
+  config['stages'] = (settings.stage(epochs=2),)
   return ml_collections.ConfigDict(config)

@@ -1,4 +1,4 @@
-"""What every test runs under: the CPU, a compilation cache beside pytest's own, no network.
+"""What every test runs under: the CPU, caches beside pytest's own, no network.
 
 JAX reads its settings from the environment when it is first imported, so they are set before any test file
 is. The processes that tests start inherit them.
@@ -17,6 +17,7 @@ def pytest_configure(config):
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   if config.pluginmanager.has_plugin('cacheprovider'):
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(config.cache.mkdir('jax')))
+    os.environ.setdefault('TOKENPRUNE_CACHE', str(config.cache.mkdir('tokenprune')))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')  # most programs are small
   # Most of the suite's time is XLA compiling small programs once: quick to compile beats quick to run. CI's parity
   # tests on real weights, and every real run, have it at full optimisation.

@@ -38,6 +38,7 @@ def test_the_debug_config_trains_tests_and_exports(tmp_path):
     (['--config=configs/debug.py:big', '--workdir=x'], ["no variant 'big'", 'dense']),
     (['--config=configs/nothing.py', '--workdir=x'], ['configs/nothing.py', 'No such file']),
     (['--config=configs/debug.py', '--workdir=x', '--config.sead=1'], ["'sead'", '"seed"']),
+    (['--config=configs/debug.py', '--workdir=x', '--config.stages[0].inti=a'], ['--config.stages[0].inti']),
     (['--config=configs/debug.py', '--workdir=x', '--config.seed=a'], ['--config.seed=a']),
     (['--config=configs/debug.py', '--workdir=x', '--wrkdir=y'], ["'wrkdir'", 'workdir']),
     (['--config=configs/debug.py', '--workdir=x', 'y'], ["'y' is no flag"]),
@@ -59,6 +60,14 @@ def test_what_only_the_run_can_find_is_one_line_too(tmp_path):
   status, said = command('--config=configs/debug.py', f'--workdir={tmp_path / "file"}')
   assert status == 2
   assert said.startswith('error: cannot write') and said.count('\n') == 1
+
+
+def test_settings_of_reducers_and_stages_can_be_given_on_the_command_line(tmp_path):
+  flags = ['--config=configs/debug.py', f'--workdir={tmp_path}', '--config.stages[0].init=/nowhere']
+  status, said = command(*flags, '--config.reducer.reducers[0].alpha_important=0.5')
+  assert status == 2 and '/nowhere' in said
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert config['reducer']['reducers'][0]['alpha_important'] == 0.5
 
 
 def test_every_variant_of_the_debug_config_is_sound():

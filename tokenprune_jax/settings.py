@@ -179,6 +179,11 @@ def defaults() -> dict[str, Any]:
   return copy.deepcopy(DEFAULTS)
 
 
+def stage(**fields: Any) -> dict[str, Any]:
+  """A stage with every key there is, so that the command line can change any: --config.stages[0].init=…"""
+  return {**STAGE, **fields}
+
+
 def check(config: Mapping[str, Any]) -> dict[str, Any]:
   """The whole config: `config` over the defaults. Raises UserError, naming what is unknown or wrong."""
   config = complete(config, DEFAULTS, '')

@@ -92,13 +92,15 @@ def lock(folder: pathlib.Path) -> TextIO:
 
 
 def settle_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Writes config.json, or compares with the one that is there. A result that another `eval` gave is removed.
+  """Writes config.json, or compares with that of what is there. A result that another `eval` gave is removed.
 
-  Raises UserError naming the keys that differ, unless none of them changes what is learned.
+  Raises UserError naming the keys that differ, unless none of them changes what is learned, or nothing is there
+  that was learned.
   """
   path = folder / 'config.json'
   earlier = read_json(path)
-  if earlier is not None:
+  learned = any(folder.glob('checkpoints/*/*')) or any(folder.glob('stages/*'))
+  if earlier is not None and learned:
     refuse_differences(path, earlier, config)
     if any(key.startswith('eval.') for key in settings.differences(earlier, config)):
       (folder / 'result.json').unlink(missing_ok=True)
