@@ -8,15 +8,15 @@ import numpy as np
 
 
 def in_turns(programs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-  """Seconds of each program, A B C A B C …, after one warm-up each: {name: {seconds (median), quartiles}}.
+  """Seconds of each program, A A B B C C A A …, the second of each pair timed: {name: {seconds (median), quartiles}}.
 
-  A program returns when its work is done; a slow spell of the machine then falls on all of them alike.
+  A program returns when its work is done; a slow spell of the machine then falls on all of them alike. The first of a
+  pair brings back the memory that the system took away during the others' turns, which would be charged to the largest.
   """
-  for program in programs.values():
-    program()
   rounds: dict[str, list[float]] = {name: [] for name in programs}
   for _ in range(repeats):
     for name, program in programs.items():
+      program()
       start = time.perf_counter()
       program()
       rounds[name].append(time.perf_counter() - start)

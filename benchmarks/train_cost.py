@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -236,7 +237,7 @@ def main() -> None:
     return
   rows, about = measured(options)
   path = pathlib.Path(options.out)
-  command = f'python benchmarks/train_cost.py --batch={options.batch} --length={options.length} --repeats={options.repeats}'
+  command = shlex.join(['python', 'benchmarks/train_cost.py', *sys.argv[1:]])
   workdir.write_json(path, {**report.header(command), 'calibration': about, 'rows': rows})
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n')
   print(page(rows))
