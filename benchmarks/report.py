@@ -48,7 +48,15 @@ def commit() -> str | None:
 def machine() -> dict[str, Any]:
   """Processor, cores this process may use, memory in GiB and system."""
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
-  return {'cpu': processor(), 'cores': cores(), 'memory_gib': round(memory, 1), 'system': platform.platform()}
+  return {'cpu': processor(), 'cores': cores(), 'memory_gib': round(memory, 1), 'system': platform.platform(),
+          'allocator': allocator()}  # fmt: skip
+
+
+def allocator() -> dict[str, str]:
+  """What the environment says about memory: on a CPU a training step depends on how freed memory is kept."""
+  found = {name: os.environ[name] for name in ('GLIBC_TUNABLES', 'MALLOC_CONF') if os.environ.get(name)}
+  preloaded = [os.path.basename(path) for path in os.environ.get('LD_PRELOAD', '').split(':') if path]
+  return {**found, 'LD_PRELOAD': ' '.join(preloaded)} if preloaded else found
 
 
 def processor() -> str:

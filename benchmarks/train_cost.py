@@ -118,13 +118,13 @@ def calibrated(length: int, documents: int = 24) -> tuple[tuple[float, ...], dic
   )
   model = Classifier(weights.config, make_reducer({**RANK, 'rule': 'protect'}), LABELS)
   params = {**model.init_params(jax.random.key(0)), 'encoder': weights.params['encoder']}
-  apply = jax.jit(lambda batch: model.apply({'params': params}, batch).trace.widest)
+  apply = jax.jit(lambda params, batch: model.apply({'params': params}, batch).trace.widest)
 
   def widest(split):
     plan = data.batches(
       dataset.splits[split], batch_size=4, buckets=(length,), seed=0, epoch_shuffle=False, pad_id=1
     )
-    return np.concatenate([np.asarray(apply(b))[b['weight'] > 0] for b in plan.iterator(0)]) / length
+    return np.concatenate([np.asarray(apply(params, b))[b['weight'] > 0] for b in plan.iterator(0)]) / length
 
   capacities = np.minimum(np.quantile(widest('valid'), 1 - OVERFLOW_RATE, axis=0, method='higher'), 1.0)
   overflow = float((widest('test') > capacities + 1e-6).any(-1).mean())
