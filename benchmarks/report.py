@@ -46,7 +46,7 @@ def commit() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-  """Processor, cores this process may use, memory in GiB and system."""
+  """Processor, cores this process may use, memory in GiB, system and settings of the allocator."""
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
   return {'cpu': processor(), 'cores': cores(), 'memory_gib': round(memory, 1), 'system': platform.platform(),
           'allocator': allocator()}  # fmt: skip

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/debug.py --workdir=runs/debug
 
-Variants after a colon: pfc (default), pf, c, dense, two_stage. 12 s on 2 cores, most of it compiling.
+Variants after a colon: pfc (default), pf, c, dense, two_stage. Most of its time on 2 cores is compiling.
 """
 
 import ml_collections

@@ -23,6 +23,8 @@ FUZZY = {
   'head_shared': False,
   'alpha_important': 0.01,
   'alpha_unimportant': 0.9,
+  'capacities': (),
+  'seed': 0,
 }
 COMBINE = {'name': 'combine', 'slots': 8, 'scale': True, 'identity': True}
 VARIANTS = ('dense', 'p', 'pf', 'c_late', 'c_early', 'pfc_late', 'pfc_early')

@@ -181,7 +181,7 @@ def defaults() -> dict[str, Any]:
 
 def stage(**fields: Any) -> dict[str, Any]:
   """A stage with every key there is, so that the command line can change any: --config.stages[0].init=…"""
-  return {**STAGE, **fields}
+  return {**copy.deepcopy(STAGE), **fields}
 
 
 def check(config: Mapping[str, Any]) -> dict[str, Any]:
