@@ -24,6 +24,7 @@ FUZZY = {
   'alpha_important': 0.01,
   'alpha_unimportant': 0.9,
   'capacities': (),
+  'overflow_rate': 0.0,
   'seed': 0,
 }
 COMBINE = {'name': 'combine', 'slots': 8, 'scale': True, 'identity': True}

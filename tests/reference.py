@@ -40,7 +40,7 @@ def compiled(model, train):
 
 def apply(model, params, batch, train=False, rngs=None):
   """The compiled forward pass of a NumPy batch."""
-  batch = {name: jnp.asarray(values) for name, values in batch.items()}
+  batch = jax.tree.map(jnp.asarray, dict(batch))
   return compiled(model, train)({'params': params}, batch, rngs=rngs)
 
 

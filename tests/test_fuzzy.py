@@ -6,6 +6,7 @@ from tests.reference import TINY_CONFIG, apply, fuzzy_loop, model_and_params, ra
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
 from tokenprune_jax.reducers import fuzzy
+from tokenprune_jax.schedule import next_counts
 
 GOLDEN = jnp.array([
   [0.05, 0.30, 0.10, 0.08, 0.20, 0.02, 0.15, 0.10],
@@ -17,7 +18,7 @@ BATCH = ragged_batch((12, 7, 2, 1), 12)
 
 def kept(rule, scores=GOLDEN, ratio=0.9, count=None, valid=None):
   valid = jnp.ones(scores.shape, bool) if valid is None else valid
-  table = jnp.asarray(fuzzy.next_counts(ratio, scores.shape[-1]))
+  table = jnp.asarray(next_counts(ratio, scores.shape[-1]))
   count = table[scores.shape[-1]] if count is None else count
   core = fuzzy.important(scores, valid, 0.01, 0.9)
   return fuzzy.keep(rule, scores, valid, core, jnp.full(scores.shape[:1], count), table)
@@ -46,11 +47,11 @@ def test_golden_selection(rule, first, second):
 
 
 def test_the_paper_schedule_is_exact_in_decimals():
-  table, counts = fuzzy.next_counts(0.9, 512), [512]
+  table, counts = next_counts(0.9, 512), [512]
   for _ in range(11):
     counts.append(table[counts[-1]])
   assert counts == [512, 460, 414, 372, 334, 300, 270, 243, 218, 196, 176, 158]
-  assert fuzzy.next_counts(0.3, 5) == (0, 1, 1, 1, 1, 1)
+  assert next_counts(0.3, 5) == (0, 1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize('share', [0.0, 0.25, 0.5, 0.75, 1.0])

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from tests.reference import TINY_CONFIG, apply, model_and_params, ragged_batch
-from tokenprune_jax import flops
+from tokenprune_jax import flops, segments, serve
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, make_reducer, method_names
+from tokenprune_jax.reducer import Inputs
+from tokenprune_jax.tokens import live
 
 METHODS = method_names()
 LENGTHS = (14, 9, 5, 2, 1)
@@ -44,6 +46,39 @@ def test_compact_equals_mask(name, attention, family):
   close(masked.logits, compact.logits)
   for field in ('keys', 'queries', 'rows', 'kept'):
     close(getattr(masked.trace, field), getattr(compact.trace, field), 1e-5)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('name', METHODS)
+def test_serve_equals_mask(name, family):
+  model, params = model_and_params(settings(name, 'TINY'), FAMILIES[family])
+  masked = apply(model, params, BATCH)
+  with serve.Server(model, params, ladder=serve.Ladder((8, 16), batch_tokens=32)) as server:
+    answers = list(server.map([ids[:n] for ids, n in zip(BATCH['ids'], LENGTHS)]))
+  close(np.stack([answer.logits for answer in answers]), masked.logits)
+  macs = flops.trace_macs(model.config, 3, 'linear', masked.trace)
+  np.testing.assert_allclose([answer.macs for answer in answers], macs, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_state_of_a_token_that_is_gone_changes_nothing_bit_for_bit(name):
+  model, params = model_and_params(settings(name, 'TINY'))
+  encoder = segments.make_encoder(model).clone(executor='mask')
+  variables = {'params': segments.encoder_params(params)}
+  inputs = Inputs(*(jnp.asarray(BATCH[name]) for name in ('ids', 'mask', 'types')), {}, labels=3, depth=4)
+
+  def states(noise):
+    rng = np.random.default_rng(0)
+    tokens, memory = encoder.apply(variables, inputs, method='begin')
+    for half in encoder.halves():
+      tokens, memory, _, _ = encoder.apply(variables, tokens, memory, None, half, method='advance')
+      gone = ~np.asarray(live(tokens))[..., None]
+      tokens = tokens.replace(x=jnp.where(gone, noise * rng.standard_normal(tokens.x.shape), tokens.x))
+    return np.where(gone, 0, tokens.x), memory
+
+  (plain, memory), (noisy, other) = states(0.0), states(100.0)
+  np.testing.assert_array_equal(plain, noisy)
+  jax.tree.map(np.testing.assert_array_equal, memory, other)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -113,7 +148,7 @@ def test_costs_are_counted_on_real_tokens(name):
   wider = apply(model, params, {k: np.pad(v, ((0, 0), (0, 4))) for k, v in BATCH.items()}).trace
   close(macs, flops.trace_macs(model.config, 3, 'linear', wider), 1.0)
   dense = np.asarray(flops.dense_macs(model.config, 3, 'linear', jnp.array(LENGTHS)))
-  assert name == 'none' and (macs == dense).all() or (name != 'none' and macs[0] < dense[0])
+  assert name == 'none' and (macs == dense).all() or (name != 'none' and (macs < dense).any())
   ratio = np.asarray(flops.keep_ratio(trace))
   assert (ratio >= 0).all() and (ratio <= 1 + 1e-6).all() and (ratio[:, 0] == 1).all()
 

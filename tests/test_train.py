@@ -173,7 +173,7 @@ def broken(apply, params, batch, rng, teacher):
 
 OBJECTIVES = {'match': match, 'broken': broken}
 
-def finish(params, validation):
+def finish(fields, validation):
   batches = list(validation.batches())
   return {'level': float(sum(batch['weight'].sum() for batch in batches))}
 """

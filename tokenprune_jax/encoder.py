@@ -16,7 +16,7 @@ from tokenprune_jax import attention
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.layers import ACTIVATIONS, Dense, Norm
-from tokenprune_jax.reducer import Inputs, Memory, Reducer
+from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
 
@@ -234,73 +234,91 @@ class Encoder(nn.Module):
 
   config: EncoderConfig
   reducer: Reducer
-  executor: str = 'mask'
+  executor: str = 'mask'  # or 'compact'; 'serve': keys and rows are gathered, the stream is the host's
   protect_first: bool = False  # the read-out needs slot 0 ([CLS])
 
   def setup(self):
-    c, compact = self.config, self.executor == 'compact'
+    c, compact = self.config, self.executor != 'mask'
     self.embeddings, self.relative_bias = Embeddings(c), RelativeBias(c)
     self.block = {str(l): Block(c, compact, self.reducer.soft()) for l in range(1, c.depth + 1)}
 
   def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Tokens, Memory, Trace]:
-    c, length, compact = self.config, inputs.ids.shape[1], self.executor == 'compact'
-    tokens = stream.start(self.embeddings(inputs, train), inputs.mask, self.protect_first)
-    tokens, memory = self.reducer.start(tokens, inputs, train)
+    b, length = inputs.ids.shape
+    tokens, memory = self.begin(inputs, train)
     slots = inputs.mask.sum(-1, dtype=jnp.float32) + tokens.added
-    bias = self.relative_bias(tokens)
-    overflow = jnp.zeros(inputs.ids.shape[0], bool)
-    seen_by = {}
-    for l in self.reducer.blocks(c.depth):
-      block, before = self.block[str(l)], tokens
-      tokens, evidence, lost = block.attend(tokens, bias, self.reducer.reads(l), train)
-      overflow |= lost
-      tokens, memory = self.reducer.after_attention(tokens, memory, evidence, l)
-      tokens, bias, lost = self.shrink(tokens, bias) if compact else (tokens, bias, jnp.zeros_like(overflow))
-      seen_by[l] = before, tokens.updated
-      overflow |= lost
-      tokens, lost = block.feed_forward(tokens, train)
-      overflow |= lost
-      width = tokens.x.shape[1]
-      tokens, memory = self.reducer.after_block(tokens, memory, l, train)
-      if tokens.x.shape[1] != width:
-        bias = self.relative_bias(tokens)
-      tokens, bias, lost = self.shrink(tokens, bias) if compact else (tokens, bias, jnp.zeros_like(overflow))
+    bias, overflow, counts = self.relative_bias(tokens), jnp.zeros(b, bool), {}
+    for half in self.halves():
+      counts[half] = count(tokens, half)
+      tokens, memory, bias, lost = self.advance(tokens, memory, bias, half, train)
       overflow |= lost
     if self.is_initializing():  # a replaced block stays in the tree, so that one backbone fits every method
-      for l in set(range(1, c.depth + 1)) - set(seen_by):
+      for l in set(range(1, self.config.depth + 1)) - set(self.reducer.blocks(self.config.depth)):
         self.block[str(l)].feed_forward(self.block[str(l)].attend(tokens, None, (), False)[0], False)
-    return tokens, memory, trace(seen_by, memory, slots, overflow, c.depth, length)
+    return tokens, memory, trace(counts, memory, slots, overflow, self.config.depth, length)
 
-  def shrink(self, tokens: Tokens, bias):
-    """Gone slots leave the stream where the last decision stated how many stay."""
-    slots = tokens.x.shape[1]
-    tokens, overflow = stream.compress(tokens)
-    return tokens, bias if tokens.x.shape[1] == slots else self.relative_bias(tokens), overflow
+  def halves(self) -> tuple[Half, ...]:
+    """What runs, in order."""
+    return tuple(Half(l, half) for l in self.reducer.blocks(self.config.depth) for half in (True, False))
+
+  def begin(self, inputs: Inputs, train: bool = False, length: int = 0) -> tuple[Tokens, Memory]:
+    """The stream before the first block. length: see `tokens.start`."""
+    embedded = self.embeddings(inputs, train)
+    return self.reducer.start(stream.start(embedded, inputs.mask, self.protect_first, length), inputs, train)
+
+  def advance(self, tokens: Tokens, memory: Memory, bias, half: Half, train: bool = False):
+    """One half of a block, the method's hook and, under `compact`, removal: (tokens, memory, bias, overflow [b])."""
+    block, slots = self.block[str(half.layer)], tokens.x.shape[1]
+    if half.attention:
+      tokens, evidence, overflow = block.attend(tokens, bias, self.reducer.reads(half.layer), train)
+      tokens, memory = self.reducer.after_attention(tokens, memory, evidence, half.layer)
+    else:
+      tokens, overflow = block.feed_forward(tokens, train)
+      tokens, memory = self.reducer.after_block(tokens, memory, half.layer, train)
+    if self.executor == 'compact':
+      tokens, lost = stream.compress(tokens)
+      overflow |= lost
+    return tokens, memory, bias if tokens.x.shape[1] == slots else self.relative_bias(tokens), overflow
+
+  def segment(self, tokens: Tokens, memory: Memory, halves: tuple[Half, ...]):
+    """Several halves at inference: (tokens, memory, {half: counts})."""
+    bias, counts = self.relative_bias(tokens), {}
+    for half in halves:
+      counts[half] = count(tokens, half)
+      tokens, memory, bias, _ = self.advance(tokens, memory, bias, half)
+    return tokens, memory, counts
 
 
-def trace(seen_by: dict, memory: Memory, slots: Array, overflow: Array, depth: int, length: int) -> Trace:
-  """What each block computed. seen_by: layer -> (the stream that attention saw, `updated` at the feed-forward)."""
-  b = overflow.shape[0]
-  nothing, nowhere = jnp.zeros(b), jnp.zeros((b, length))
-  columns = {name: [nothing] * depth for name in ('keys', 'widest', 'key_rows', 'queries', 'rows')}
-  kept = [nowhere] * depth
-  for l, (tokens, updated) in seen_by.items():
-    shared = tokens.seen.ndim == 2
-    share = tokens.seen if shared else tokens.seen.mean(axis=1)
-    columns['keys'][l - 1] = share.sum(-1)
-    columns['widest'][l - 1] = (
-      tokens.seen if shared else tokens.seen.sum(-1).max(axis=1, keepdims=True)
-    ).sum(-1)
+def count(tokens: Tokens, half: Half) -> dict[str, Array]:
+  """What a half computes, as the columns of `Trace` that it fills."""
+  if not half.attention:
+    return {'rows': tokens.updated.sum(-1)}
+  shared = tokens.seen.ndim == 2
+  share = tokens.seen if shared else tokens.seen.mean(axis=1)
+  keys = share.sum(-1)
+  return {
+    'keys': keys,
+    'widest': keys if shared else tokens.seen.sum(-1).max(axis=1),
     # Where heads differ, every live slot is projected and each head then takes its own.
-    columns['key_rows'][l - 1] = share.sum(-1) if shared else stream.live(tokens).sum(-1).astype(jnp.float32)
-    columns['queries'][l - 1] = tokens.updated.sum(-1)
-    columns['rows'][l - 1] = updated.sum(-1)
-    kept[l - 1] = stream.scatter_to_input(share, tokens.position, length)
+    'key_rows': keys if shared else stream.live(tokens).sum(-1).astype(jnp.float32),
+    'queries': tokens.updated.sum(-1),
+    'kept': stream.scatter_to_input(share, tokens.position, tokens.length),
+  }
+
+
+def trace(
+  counts: dict[Half, dict[str, Array]], memory: Memory, slots: Array, overflow: Array, depth: int, length: int
+) -> Trace:
+  """What each block computed, from the counts of its halves; 0 for a block that does not run."""
+  b = overflow.shape[0]
+  nothing = {name: jnp.zeros(b) for name in ('keys', 'widest', 'key_rows', 'queries', 'rows')}
+  nothing['kept'] = jnp.zeros((b, length))
+  blocks = [
+    {**nothing, **counts.get(Half(l, True), {}), **counts.get(Half(l, False), {})} for l in range(1, depth + 1)
+  ]
   return Trace(
-    **{name: jnp.stack(values, axis=1) for name, values in columns.items()},
+    **{name: jnp.stack([block[name] for block in blocks], axis=1) for name in nothing},
     slots=slots,
-    kept=jnp.stack(kept, axis=1),
-    overhead=memory.get('overhead_macs', nothing),
+    overhead=memory.get('overhead_macs', jnp.zeros(b)),
     overflow=overflow,
     assignment=memory.get('assignment', jnp.full((b, length), -1, jnp.int32)),
   )

@@ -5,10 +5,11 @@ width d, feed-forward width f:  2 q d^2 (query, output) + 2 r d^2 (key, value) +
 Embeddings, LayerNorm, softmax and biases are left out; what a method computes itself is its `overhead`.
 """
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from tokenprune_jax.encoder import EncoderConfig, Trace
+
+COUNTS = ('queries', 'keys', 'key_rows', 'rows')  # of a block
 
 
 def block_macs(config: EncoderConfig, queries, keys, key_rows, rows):
@@ -28,9 +29,9 @@ def trace_macs(config: EncoderConfig, labels: int, head: str, trace: Trace) -> F
   return blocks.sum(-1) + trace.overhead + head_macs(config, labels, head)
 
 
-def dense_macs(config: EncoderConfig, labels: int, head: str, lengths: Num[Array, 'b']) -> Float[Array, 'b']:
-  """MACs of the plain encoder at each example's number of tokens."""
-  n = jnp.asarray(lengths, jnp.float32)
+def dense_macs(config: EncoderConfig, labels: int, head: str, lengths):
+  """MACs of the plain encoder at each example's number of tokens; lengths: an array, or one number."""
+  n = lengths * 1.0
   return config.depth * block_macs(config, n, n, n, n) + head_macs(config, labels, head)
 
 

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,8 +17,7 @@ from tokenprune_jax import reducers
 from tokenprune_jax.encoder import Encoder, EncoderConfig, Trace
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
-from tokenprune_jax.reducer import Inputs, Reducer
-from tokenprune_jax.tokens import Tokens
+from tokenprune_jax.reducer import Inputs, Reducer, read_out
 
 HEADS = ('linear', 'family')
 READOUTS = ('mean', 'cls')
@@ -68,19 +68,15 @@ def _value(method: str, key: str, value, default):
 
 @struct.dataclass
 class Output:
-  """logits [b c] float32; loss: what the method adds to the task's loss; trace: what was computed."""
+  """logits [b c] float32; loss: what the method adds to the task's loss; trace: what was computed.
+
+  exits: logits [b e c] of the method's exits, where it has any.
+  """
 
   logits: Array
   loss: Array
   trace: Trace
-
-
-def read_out(tokens: Tokens, how: str) -> Float[Array, 'b d']:
-  """cls: slot 0. mean: over live slots; 0 where an example has none."""
-  if how == 'cls':
-    return tokens.x[:, 0].astype(jnp.float32)
-  weight = tokens.updated[..., None]
-  return (tokens.x.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-6)
+  exits: Array | None = None
 
 
 class Head(nn.Module):
@@ -124,12 +120,16 @@ class Classifier(nn.Module):
     return self
 
   @nn.compact
-  def __call__(self, batch: Mapping[str, Array], train: bool = False) -> Output:
+  def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
     encoder = Encoder(self.config, self.reducer, self.executor, self.readout == 'cls', name='encoder')
-    inputs = Inputs(batch['ids'], batch['mask'], batch['types'], dict(batch.get('controls', {})))
+    controls = dict(batch.get('controls', {}))
+    inputs = Inputs(batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config.depth)
     tokens, memory, trace = encoder(inputs, train)
     logits = Head(self.config, self.labels, self.head, name='head')(read_out(tokens, self.readout), train)
-    return Output(logits, jnp.asarray(memory.get('loss', 0.0), jnp.float32), trace)
+    if 'exited' in memory:
+      logits = jnp.where(memory['exited'][:, None], memory['prediction'], logits)
+    loss = jnp.asarray(memory.get('loss', 0.0), jnp.float32)
+    return Output(logits, loss, trace, memory.get('logits'))
 
   def init_params(self, key: Array) -> dict:
     """Random parameters, the tree described in `pretrained`."""

@@ -5,13 +5,16 @@ needs. Decisions go into the stream (`seen`, `updated`, `score`, `capacity`), pr
 arrays with leading axis b in original-position indexing. Entries of `memory` that the caller reads:
 
   loss scalar: added to the task's loss;  overhead_macs [b]: multiply-adds of the method itself;
-  assignment [b N] int32: the combination slot each input token went to.
+  assignment [b N] int32: the combination slot each input token went to;
+  exited [b] bool, prediction [b c]: examples that are answered before the last layer, and their logits;
+  logits [b e c]: of all exits, for a training objective.
 """
 
 from typing import NamedTuple
 
 import flax.linen as nn
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.tokens import Tokens
@@ -20,12 +23,33 @@ Memory = dict[str, Array]
 
 
 class Inputs(NamedTuple):
-  """What a method may know of the raw input: ids [b N], mask [b N] bool, types [b N], controls {name: [b]}."""
+  """What a method may know of the raw input: ids [b n], mask [b n] bool, types [b n], controls {name: [b]}.
+
+  controls: what may change from request to request without compiling again. labels: the number of classes c.
+  depth: of the encoder.
+  """
 
   ids: Array
   mask: Array
   types: Array
   controls: dict[str, Array]
+  labels: int = 0
+  depth: int = 0
+
+
+class Half(NamedTuple):
+  """One half of a block and the hook after it: attention, or else the feed-forward."""
+
+  layer: int  # from 1
+  attention: bool
+
+
+def read_out(tokens: Tokens, how: str) -> Float[Array, 'b d']:
+  """What a classifier reads. cls: slot 0. mean: over live slots; 0 where an example has none."""
+  if how == 'cls':
+    return tokens.x[:, 0].astype(jnp.float32)
+  weight = tokens.updated[..., None]
+  return (tokens.x.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-6)
 
 
 class Reducer(nn.Module):
@@ -41,6 +65,14 @@ class Reducer(nn.Module):
   def blocks(self, depth: int) -> tuple[int, ...]:
     """The layers that run; a method that replaces one leaves it out."""
     return tuple(range(1, depth + 1))
+
+  def decides(self, depth: int) -> tuple[Half, ...]:
+    """Where examples of one length may differ in what is left of them: there `serve` counts and regroups."""
+    return ()
+
+  def separates(self) -> bool:
+    """Whether a slot may be seen and not updated, or the reverse."""
+    return False
 
   def reads(self, layer: int) -> tuple[str, ...]:
     """The evidence that `after_attention` reads at this layer: names of `attention.Evidence`."""

@@ -3,74 +3,13 @@
 A method brings its own in `reducers/NAME.py`, beside its module, as plain values:
 
   OBJECTIVES = {'soft': soft, …}      soft(apply, params, batch, rng, teacher) -> (loss, {name: scalar})
-  def finish(params, validation)      -> {field: value}, settings for later stages: calibrated capacities, …
-
-`apply(params, batch, rng)` is one forward pass (`models.Output`), with dropout and noise where rng is not
-None; an objective may call it several times. `teacher(batch)` is the forward pass of the stage's teacher,
-without gradient; None without a teacher. Losses and metrics are means over the batch's rows by
-`batch['weight']`.
-"""
-
-import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
-
-import jax
-
-from tokenprune_jax import reducers
-from tokenprune_jax.errors import UserError
-from tokenprune_jax.models import Classifier, Output
-from tokenprune_jax.tasks import Task
-
-Apply = Callable[..., Output]  # (params, batch, rng=None)
-Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (apply, params, batch, rng, teacher)
-
-
-class Validation(NamedTuple):
-  """What `finish` may look at: a forward pass (jitted, no dropout) and the validation batches."""
-
-  apply: Apply
-  batches: Callable[[], Iterable[dict[str, jax.Array]]]
-
-
-def default_objective(task: Task) -> Objective:
-  """One forward pass: the task's loss plus what the method adds to it."""
-
-  def objective(apply, params, batch, rng, teacher):
-    output = apply(params, batch, rng)
-    loss = task.loss(output.logits, batch)
-    return loss + output.loss, {'task_loss': loss, 'reducer_loss': output.loss}
-
-  return objective
-
-
-def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task) -> Objective:
-  """The stage's objective: the default one, or one that a reducer of `spec` brings. Raises UserError."""
-  if stage['objective'] == 'default':
-    if stage['teacher']:
-      raise UserError(
-        f'stage {stage["name"]!r} names a teacher, but its objective is the default one, without any.'
-      )
-    return default_objective(task)
-  brought: dict[str, Objective] = {}
-  for name in names(spec):
-    brought |= getattr(module(name), 'OBJECTIVES', {})
-  if stage['objective'] not in brought:
-    known = ', '.join(['default', *brought])
-    raise UserError(f"stage {stage['name']!r}: objective is '{stage['objective']}'; there is: {known}.")
-  return brought[stage['objective']]
-
-
-def finish(
-  spec: Mapping[str, Any], params: Callable[[], Any], validation: Validation
-) -> dict[str, dict[str, Any]]:
-  """{reducer: fields} that the stage's reducers hand on to later stages; params() reads the best ones."""
+  def finish(spec: Mapping[str, Any], validation: Callable[[], Validation]) -> dict[str, dict[str, Any]]:
+  """{reducer: fields} that the stage's reducers hand on; validation() loads the best parameters."""
   fields = {}
-  for name in names(spec):
-    end = getattr(module(name), 'finish', None)
+  for member in members(spec):
+    end = getattr(module(member['name']), 'finish', None)
     if end is not None:
-      fields[name] = end(params(), validation)
+      fields[member['name']] = end(member, validation())
   return fields
 
 
@@ -79,9 +18,14 @@ def module(name: str) -> ModuleType:
   return importlib.import_module(f'{reducers.__name__}.{name}')
 
 
+def members(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """A reducer's spec and, in a chain, those of its members."""
+  return [spec, *(inner for member in spec.get('reducers', ()) for inner in members(member))]
+
+
 def names(spec: Mapping[str, Any]) -> list[str]:
   """The methods of a reducer spec, a chain's members included."""
-  return [spec['name'], *(name for member in spec.get('reducers', ()) for name in names(member))]
+  return [member['name'] for member in members(spec)]
 
 
 def with_fields(spec: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,10 +56,16 @@ def reducer_spec(
 ) -> dict[str, Any]:
   """A stage's reducer: config.reducer, then what earlier stages handed on, then its own fields."""
   for fields in handed_on:
-    for name in names(spec):
-      if name in fields:
-        spec = with_fields(spec, {name: fields[name]} if 'reducers' in spec else fields[name])
+    spec = with_handed_on(spec, fields)
   return with_fields(spec, stage['reducer'])
+
+
+def with_handed_on(spec: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """`spec` with what `finish` found."""
+  for name in names(spec):
+    if name in fields:
+      spec = with_fields(spec, {name: fields[name]} if 'reducers' in spec else fields[name])
+  return dict(spec)
 
 
 def check(stages: Sequence[Mapping[str, Any]]) -> None:

@@ -4,7 +4,8 @@ A method *decides* by writing `seen`, `updated` and `score`; an executor *remove
 no field can be forgotten. Shapes: b batch, n slots of the stream, h heads, d width, N original input length.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,29 +26,37 @@ class Capacity(NamedTuple):
 
 
 class Tokens(struct.PyTreeNode):
-  """The stream between two half-blocks. Masks are floats in [0, 1]: hard 0/1, or between while a method trains softly."""
+  """The stream between two half-blocks. Masks are floats in [0, 1]: hard 0/1, or between while a method trains softly.
 
-  x: Array  # [b n d] states
-  seen: Array  # [b n], or [b h n] where heads differ: how much a slot is attended to
-  updated: Array  # [b n] how much a slot's state is recomputed
-  protected: Array  # [b n] bool: no decision may drop it
-  position: Array  # [b n] int32 index in the original input; -1 for combined and merged slots
-  size: Array  # [b n] float: input tokens that a slot stands for
-  score: Array | None = None  # like seen: when a capacity is too small, the lowest-scored leave
+  Fields are arrays of the shapes given, or their `ShapeDtypeStruct`s.
+  """
+
+  x: Any  # [b n d] states
+  seen: Any  # [b n], or [b h n] where heads differ: how much a slot is attended to
+  updated: Any  # [b n] how much a slot's state is recomputed
+  protected: Any  # [b n] bool: no decision may drop it
+  position: Any  # [b n] int32 index in the original input; -1 for combined and merged slots
+  size: Any  # [b n] float: input tokens that a slot stands for
+  score: Any = None  # like seen: when a capacity is too small, the lowest-scored leave
   carry: dict = struct.field(default_factory=dict)  # {name: [b n …]} a method's own per-slot state
+  length: int = struct.field(pytree_node=False, default=0)  # N, what `position` counts up to
   added: int = struct.field(pytree_node=False, default=0)  # trailing slots that are not input tokens
   moved: bool = struct.field(pytree_node=False, default=False)  # slot i is no longer input token i
   capacity: Capacity = struct.field(pytree_node=False, default=Capacity())
 
 
-def start(x: Float[Array, 'b n d'], mask: Bool[Array, 'b n'], protect_first: bool) -> Tokens:
-  """A fresh stream over embedded input. mask: True at real tokens. protect_first: the read-out needs slot 0 ([CLS])."""
+def start(x: Float[Array, 'b n d'], mask: Bool[Array, 'b n'], protect_first: bool, length: int = 0) -> Tokens:
+  """A fresh stream over embedded input. mask: True at real tokens. protect_first: the read-out needs slot 0 ([CLS]).
+
+  length: N where that is more than n, as for rows of different n that are to share a batch later.
+  """
   b, n, _ = x.shape
   alive = mask.astype(jnp.float32)
   position = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
   return Tokens(
-    x, seen=alive, updated=alive, protected=(position == 0) & protect_first, position=position, size=alive
-  )
+    x, seen=alive, updated=alive, protected=(position == 0) & protect_first, position=position, size=alive,
+    length=length or n,
+  )  # fmt: skip
 
 
 def live(tokens: Tokens) -> Bool[Array, 'b n']:
@@ -115,11 +124,48 @@ def compress(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
   slots, n = tokens.capacity.slots, tokens.x.shape[1]
   if slots is None or slots >= n:
     return tokens, jnp.zeros(tokens.x.shape[0], bool)
-  score = tokens.score
+  return gather_live(tokens, slots)
+
+
+def gather_live(tokens: Tokens, slots: int) -> tuple[Tokens, Bool[Array, 'b']]:
+  """Live slots in their order, then empty ones, then the added slots: (tokens [b slots], overflow [b])."""
+  inputs, added = tokens.x.shape[1] - tokens.added, tokens.added
+  front = slotwise(lambda field, axis: jax.lax.slice_in_dim(field, 0, inputs, axis=axis), tokens)
+  score = front.score
   if score is not None and score.ndim == 3:
     score = score.max(axis=1)
-  index, kept, overflow = select(live(tokens), slots, score)
-  return take(tokens, index, kept), overflow
+  index, kept, overflow = select(live(front), slots - added, score)
+  front = take(front, index, kept)
+  if not added:
+    return front, overflow
+  back = slotwise(lambda field, axis: jax.lax.slice_in_dim(field, inputs, None, axis=axis), tokens)
+  return slotwise(lambda a, b, axis: jnp.concatenate([a, b], axis=axis), front, back), overflow
+
+
+def slotwise(function: Callable[..., Array], *streams: Tokens) -> Tokens:
+  """`function(field of each stream …, axis=its axis n)` for every field that has one; the rest is the first stream's."""
+
+  def mapped(*fields):
+    return function(*fields, axis=1)
+
+  def mask(*fields):
+    return function(*fields, axis=fields[0].ndim - 1)
+
+  first = streams[0]
+  plain = {name: mapped(*(getattr(s, name) for s in streams)) for name in ('x', 'updated', 'protected', 'position', 'size')}
+  return first.replace(
+    **plain,
+    seen=mask(*(s.seen for s in streams)),
+    score=None if first.score is None else mask(*(s.score for s in streams)),
+    carry=jax.tree.map(mapped, *(s.carry for s in streams)),
+  )
+
+
+def empty_rows(tokens: Tokens, left: Bool[Array, 'b']) -> Tokens:
+  """The stream in which all slots of the examples that `left` are gone."""
+  stay = (~left).astype(tokens.updated.dtype)[:, None]
+  seen = tokens.seen * (stay if tokens.seen.ndim == 2 else stay[..., None])
+  return tokens.replace(seen=seen, updated=tokens.updated * stay)
 
 
 def take(tokens: Tokens, index: Int[Array, 'b k'], kept: Bool[Array, 'b n']) -> Tokens:

@@ -51,7 +51,7 @@ class Done:
   best_step: int  # of its best checkpoint
   best_loss: float | None  # of that one on the validation split
   reducer: dict[str, Any]  # the spec it was trained with
-  fields: dict[str, dict[str, Any]]  # what its reducers hand on to later stages
+  fields: dict[str, dict[str, Any]]  # what its reducers hand on to later stages and to the finished model
 
 
 @dataclasses.dataclass
@@ -113,7 +113,8 @@ def run(config: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
     last = config['stages'][-1]['name']
     params = best_params(session, last, done[last])
     about = {'stages': {name: dataclasses.asdict(stage) for name, stage in done.items()}}
-    found = result.test(session, done[last].reducer, params, done[last].step, about)
+    spec = stages.with_handed_on(done[last].reducer, done[last].fields)
+    found = result.test(session, spec, params, done[last].step, about)
     result.label_file(config, folder)
     return found
 
@@ -226,8 +227,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   recorder.close()
   checkpoints.close()
   outcome = Done(position.total, position.best_step, position.best_loss, spec, {})
-  best = functools.partial(best_params, session, name, outcome)
-  outcome.fields = stages.finish(spec, best, validation(session, model))
+  outcome.fields = stages.finish(spec, lambda: validation(session, model, best_params(session, name, outcome)))
   record = dataclasses.asdict(outcome)
   sharding.on_first(lambda: workdir.write_json(folder / 'stages' / f'{name}.json', record))
   return outcome
@@ -321,11 +321,12 @@ def best_params(session: Session, name: str, stage: Done) -> Any:
       ) from damage
 
 
-def validation(session: Session, model: Classifier) -> stages.Validation:
+def validation(session: Session, model: Classifier, params: Any) -> stages.Validation:
   """The validation split, as a method's `finish` sees it."""
   place = sharding.batch_sharding(session.mesh)
   plan = batches(session, 'valid', session.config['eval']['batch_size'])
+  forward = jax.jit(lambda params, batch: stages.forward(model)(params, batch))
   return stages.Validation(
-    jax.jit(stages.forward(model)),
+    functools.partial(forward, params),
     lambda: (sharding.global_batch(batch, place) for batch in plan.iterator(0)),
   )

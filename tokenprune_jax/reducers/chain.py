@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from tokenprune_jax.attention import Evidence
-from tokenprune_jax.reducer import Inputs, Memory, Reducer
+from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
 TINY: dict = {
@@ -30,6 +30,12 @@ class Method(Reducer):
   def blocks(self, depth: int) -> tuple[int, ...]:
     kept = [reducer.blocks(depth) for reducer in self.reducers]
     return tuple(l for l in range(1, depth + 1) if all(l in blocks for blocks in kept))
+
+  def decides(self, depth: int) -> tuple[Half, ...]:
+    return tuple(sorted({half for reducer in self.reducers for half in reducer.decides(depth)}))
+
+  def separates(self) -> bool:
+    return any(reducer.separates() for reducer in self.reducers)
 
   def reads(self, layer: int) -> tuple[str, ...]:
     return tuple(sorted({name for reducer in self.reducers for name in reducer.reads(layer)}))

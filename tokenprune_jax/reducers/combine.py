@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Norm
 from tokenprune_jax.reducer import Inputs, Memory, Reducer
-from tokenprune_jax.tokens import Capacity, Tokens, scatter_to_input
+from tokenprune_jax.tokens import Tokens, scatter_to_input
 
 TINY: dict = {'slots': 3, 'layer': 3}
 NEUTRAL: dict = {'slots': 0}
@@ -114,7 +114,7 @@ class Method(Reducer):
       return tokens, {}
     b, _, d = tokens.x.shape
     states = jnp.broadcast_to(self.tokens(d).astype(tokens.x.dtype), (b, self.slots, d))
-    nowhere = jnp.full(inputs.ids.shape, -1, jnp.int32)
+    nowhere = jnp.full((b, tokens.length), -1, jnp.int32)
     return append(tokens, states), {'overhead_macs': jnp.zeros(b), 'assignment': nowhere}
 
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
@@ -127,9 +127,9 @@ class Method(Reducer):
     # W_k on each token, logits and means over tokens; W_q, W_v, W_o on each slot
     macs = count * width * (width + 2 * self.slots) + 3 * self.slots * width**2
     slot = (assignment.argmax(1) + 1) * (mask > 0)
-    where = scatter_to_input(slot, tokens.position[:, :n], memory['assignment'].shape[1]) - 1
+    where = scatter_to_input(slot, tokens.position[:, :n], tokens.length) - 1
     overhead = memory['overhead_macs'] + macs
-    return only(combined, assignment.sum(-1)), {**memory, 'overhead_macs': overhead, 'assignment': where}
+    return only(combined, assignment.sum(-1), tokens.length), {**memory, 'overhead_macs': overhead, 'assignment': where}
 
 
 def append(tokens: Tokens, states: Float[Array, 'b m d']) -> Tokens:
@@ -148,11 +148,11 @@ def append(tokens: Tokens, states: Float[Array, 'b m d']) -> Tokens:
   )
 
 
-def only(combined: Float[Array, 'b m d'], size: Float[Array, 'b m']) -> Tokens:
-  """A stream of nothing but combined slots."""
+def only(combined: Float[Array, 'b m d'], size: Float[Array, 'b m'], length: int) -> Tokens:
+  """A stream of nothing but combined slots; length: N."""
   b, m, _ = combined.shape
   ones = jnp.ones((b, m))
   nowhere = jnp.full((b, m), -1, jnp.int32)
   return Tokens(
-    combined, ones, ones, jnp.ones((b, m), bool), nowhere, size, added=m, moved=True, capacity=Capacity()
+    combined, ones, ones, jnp.ones((b, m), bool), nowhere, size, length=length, added=m, moved=True
   )

@@ -12,8 +12,8 @@ open: quartiles are pooled over heads and real tokens of one example; `protect` 
 least one token is kept; counts follow each example's real length, capacities the padded one.
 """
 
-import math
-from fractions import Fraction
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.reducer import Inputs, Memory, Reducer
+from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
+from tokenprune_jax.schedule import check_shares, next_counts, places
 from tokenprune_jax.tokens import Capacity, Tokens, descending_rank
 
 TINY: dict = {'ratio': 0.7, 'rule': 'protect'}
@@ -31,10 +32,10 @@ SIMPLE = ('random', 'entropy', 'magnitude', 'norm')  # top-t by another score: t
 FIXED = ('rank', *SIMPLE)  # rules whose counts are the schedule's
 
 
-def next_counts(ratio: float, length: int) -> tuple[int, ...]:
-  """next_counts[t] = floor(ratio * t) for t = 0 … length, at least 1 where t >= 1; exact in decimals (Eq. 5)."""
-  exact = Fraction(str(ratio))
-  return tuple(max(math.floor(exact * t), min(t, 1)) for t in range(length + 1))
+def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
+  """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
+  rate = fields.get('overflow_rate', 0.0)
+  return {'capacities': validation.capacities(lambda trace: trace.widest, rate)} if rate else {}
 
 
 def quantile(scores: Float[Array, '*b n'], valid: Bool[Array, '*b n'], share: float) -> Float[Array, '*b 1']:
@@ -118,6 +119,7 @@ class Method(Reducer):
   capacities: tuple[
     float, ...
   ] = ()  # per layer: share of the input's slots, where the rule does not fix the count
+  overflow_rate: float = 0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
   seed: int = 0  # of the rule `random`
 
   def check(self, depth: int, heads: int) -> None:
@@ -130,10 +132,17 @@ class Method(Reducer):
         raise UserError(f'reducer.{name} is {getattr(self, name)}; an alpha-cut lies between 0 and 1')
     if self.rule not in READINGS + SIMPLE:
       raise UserError(f'reducer.rule is {self.rule!r}; choose one of {", ".join(READINGS + SIMPLE)}')
-    if self.capacities and (len(self.capacities) != depth or not all(0 < c <= 1 for c in self.capacities)):
-      raise UserError(
-        f'reducer.capacities needs {depth} shares above 0 and at most 1, one a layer, got {self.capacities}'
-      )
+    if not 0 <= self.overflow_rate < 1:
+      raise UserError(f'reducer.overflow_rate is {self.overflow_rate}; it is a share of examples, from 0 to below 1')
+    if self.capacities:
+      check_shares('reducer.capacities', self.capacities, depth)
+
+  def decides(self, depth: int) -> tuple[Half, ...]:
+    fixed = self.rule in FIXED or self.ratio == 1
+    return () if fixed else tuple(Half(l, True) for l in range(1, depth))
+
+  def separates(self) -> bool:
+    return True
 
   def reads(self, layer: int) -> tuple[str, ...]:
     return {'entropy': ('entropy',), 'random': (), 'norm': ()}.get(self.rule, ('received',))
@@ -182,4 +191,4 @@ class Method(Reducer):
       for _ in range(layer):
         count = next_counts(self.ratio, n)[count]
       return count + added
-    return math.ceil(self.capacities[layer] * n) + added if layer < len(self.capacities) else None
+    return places(self.capacities[layer], n) + added if layer < len(self.capacities) else None

@@ -1,0 +1,77 @@
+"""Absolute threshold on attention received: LTP's rule with a threshold that is given (arXiv 2107.00910, section 3).
+
+  a_j   = mean over heads of sum_i A_hij: 1 where attention is uniform, whatever the length
+  tau_l = 128 threshold (l - 1) / L, so that layer 1 keeps all tokens
+  kept  a_j >= tau_l; the others leave between attention and feed-forward, and never return
+
+LTP learns a threshold for each layer, as a later method will. Its code divides a_j by the padded length, 128 there: 128 stands
+in tau_l so that its thresholds carry over and a decision does not depend on padding. Reconstructed here: the first token is
+protected, which LTP does not do, so that no example is left empty; where combining replaces a block, l counts the blocks
+that run.
+
+Control of a request: `threshold` [b], in place of the field.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from tokenprune_jax import schedule
+from tokenprune_jax.attention import Evidence
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
+from tokenprune_jax.reducers.topk import leave
+from tokenprune_jax.tokens import Tokens
+
+TINY: dict = {'threshold': 0.015}
+NEUTRAL: dict = {'threshold': 0.0}
+REFERENCE = 128  # tokens, the padded length of the official recipe
+
+
+def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
+  """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
+  rate = fields.get('overflow_rate', 0.0)
+  return {'capacities': validation.capacities(lambda trace: trace.rows, rate)} if rate else {}
+
+
+class Method(Reducer):
+  """Removes tokens that receive too little attention."""
+
+  threshold: float = 0.01  # of the last layer, in attention received per 128 tokens; 0: keep all
+  capacities: tuple[float, ...] = ()  # by layer, share of the padded length that survivors are gathered into
+  overflow_rate: float = 0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
+
+  def check(self, depth: int, heads: int) -> None:
+    if not self.threshold >= 0:
+      raise UserError(f'reducer.threshold is {self.threshold}; it is the attention a token must receive, 0 or more')
+    if not 0 <= self.overflow_rate < 1:
+      raise UserError(f'reducer.overflow_rate is {self.overflow_rate}; it is a share of examples, from 0 to below 1')
+    if self.capacities:
+      schedule.check_shares('reducer.capacities', self.capacities, depth)
+
+  def decides(self, depth: int) -> tuple[Half, ...]:
+    return tuple(Half(l, True) for l in range(2, depth + 1))
+
+  def reads(self, layer: int) -> tuple[str, ...]:
+    return ('received',) if layer > 1 else ()
+
+  def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
+    given = jnp.full(inputs.ids.shape[0], self.threshold)
+    step = inputs.controls.get('threshold', given).astype(jnp.float32) * (REFERENCE / inputs.depth)
+    # The layer's number is a sum, not a constant: layers then have equal code, and share one compiled program.
+    memory = {'threshold_step': step, 'threshold_now': jnp.zeros_like(step)}
+    return tokens.replace(protected=tokens.protected | (tokens.position == 0)), memory
+
+  def after_attention(
+    self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
+  ) -> tuple[Tokens, Memory]:
+    n, now = tokens.x.shape[1] - tokens.added, memory['threshold_now']
+    memory = {**memory, 'threshold_now': now + memory['threshold_step']}
+    if layer == 1 or n == 0:
+      return tokens, memory
+    assert evidence.received is not None  # `reads` asked for it
+    score = evidence.received.mean(axis=1)
+    stay = (tokens.updated[:, :n] > 0) & ((score[:, :n] >= now[:, None]) | tokens.protected[:, :n])
+    room = schedule.places(self.capacities[layer - 1], tokens.length) if self.capacities else None
+    return leave(tokens, stay, score, 'gone', room), memory

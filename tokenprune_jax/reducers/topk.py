@@ -1,0 +1,106 @@
+"""Top-k schedule: after the attention of layer l the best share of an example's tokens goes on (as in arXiv 2001.08950).
+
+  score    a_j = mean over heads of sum_i A_hij (received), or of A_h0j (cls: the attention of [CLS])
+  counts   k_l = floor(share_l * t) of the example's t real tokens, at least 1
+  kept     the k_l best of those left; the others leave between attention and feed-forward, and never return
+
+PoWER-BERT learns its counts, as a later method will; here they are given: `shares` by layer, or `ratio`, the share of each
+layer's tokens that the next one gets (share_l = ratio^l). What happens to a token that leaves is a field.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tokenprune_jax import schedule
+from tokenprune_jax.attention import Evidence
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
+from tokenprune_jax.tokens import Capacity, Tokens, descending_rank
+
+TINY: dict = {'shares': (0.8, 0.6, 0.6, 0.3)}
+NEUTRAL: dict = {'ratio': 1.0}
+SCORES = {'received': 'received', 'cls': 'first_row'}  # name -> the evidence it reads
+LEAVERS = ('gone', 'frozen', 'unseen')
+
+
+def best(
+  score: Float[Array, 'b n'], left: Bool[Array, 'b n'], protected: Bool[Array, 'b n'], counts: Int[Array, 'b']
+) -> Bool[Array, 'b n']:
+  """The `counts` best of the slots that are `left`; protected ones are the first to be chosen."""
+  ranked = jnp.where(left, jnp.where(protected, jnp.inf, score), -jnp.inf)
+  return left & ((descending_rank(ranked) < counts[:, None]) | protected)
+
+
+class Method(Reducer):
+  """Keeps a fixed number of tokens after each layer."""
+
+  ratio: float = 0.9  # share of a layer's tokens that the next one gets
+  shares: tuple[float, ...] = ()  # by layer, share of the example's tokens that stay: takes the place of `ratio`
+  score: str = 'received'  # or 'cls'
+  leavers: str = 'gone'  # or 'frozen': still attended to, no longer updated; 'unseen': updated, not attended to
+
+  def check(self, depth: int, heads: int) -> None:
+    if not 0 < self.ratio <= 1:
+      raise UserError(f'reducer.ratio is {self.ratio}; it is the share kept per layer, above 0 and at most 1')
+    if self.shares:
+      schedule.check_shares('reducer.shares', self.shares, depth)
+      if any(low > high for high, low in zip(self.shares, self.shares[1:])):
+        raise UserError(f'reducer.shares is {self.shares}; a token that left never returns, so they cannot rise')
+    for key, value, choices in (('score', self.score, SCORES), ('leavers', self.leavers, LEAVERS)):
+      if value not in choices:
+        raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
+
+  def decides(self, depth: int) -> tuple[Half, ...]:
+    falls = [l for l in range(1, depth + 1) if self.share(l) < (self.share(l - 1) if l > 1 else 1)]
+    return tuple(Half(l, True) for l in falls)
+
+  def separates(self) -> bool:
+    return self.leavers != 'gone'
+
+  def reads(self, layer: int) -> tuple[str, ...]:
+    return (SCORES[self.score],) if self.share(layer) < 1 else ()
+
+  def share(self, layer: int) -> float:
+    """Share of an example's tokens that stay after a layer."""
+    return self.shares[layer - 1] if self.shares else round(self.ratio**layer, 9)
+
+  def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
+    first = tokens.position == 0  # it is asked for its attention
+    tokens = tokens.replace(protected=tokens.protected | first) if self.score == 'cls' else tokens
+    return tokens, {'topk_length': inputs.mask.sum(-1, dtype=jnp.int32)}
+
+  def after_attention(
+    self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
+  ) -> tuple[Tokens, Memory]:
+    n = tokens.x.shape[1] - tokens.added
+    if self.share(layer) == 1 or n == 0:
+      return tokens, memory
+    counts = schedule.next_counts(self.share(layer), tokens.length)
+    found = getattr(evidence, SCORES[self.score]).mean(axis=1)
+    seen = tokens.seen if tokens.seen.ndim == 2 else tokens.seen.max(axis=1)
+    left = (seen if self.leavers == 'unseen' else tokens.updated) > 0
+    wanted = jnp.asarray(counts)[memory['topk_length']]
+    stay = best(found[:, :n], left[:, :n], tokens.protected[:, :n], wanted)
+    return leave(tokens, stay, found, self.leavers, counts[tokens.length]), memory
+
+
+def leave(
+  tokens: Tokens, stay: Bool[Array, 'b k'], score: Float[Array, 'b n'], leavers: str, capacity: int | None
+) -> Tokens:
+  """The decision in the stream. stay: of the input slots; the added ones behind them always stay.
+
+  leavers: what the others become, one of LEAVERS. capacity: how many may stay; None: not known.
+  """
+  stay = jnp.pad(stay, ((0, 0), (0, tokens.added)), constant_values=True).astype(tokens.updated.dtype)
+  score = jnp.pad(score[:, : stay.shape[1] - tokens.added], ((0, 0), (0, tokens.added)), constant_values=jnp.inf)
+  seen = tokens.seen * (stay if tokens.seen.ndim == 2 else stay[:, None])
+  room = None if capacity is None else capacity + tokens.added
+  return {
+    'gone': lambda: tokens.replace(
+      seen=seen, updated=tokens.updated * stay, score=score, capacity=Capacity(slots=room)
+    ),
+    'frozen': lambda: tokens.replace(
+      updated=tokens.updated * stay, score=score, capacity=tokens.capacity._replace(rows=room)
+    ),
+    'unseen': lambda: tokens.replace(seen=seen, score=score, capacity=tokens.capacity._replace(keys=room)),
+  }[leavers]()

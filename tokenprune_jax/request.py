@@ -1,0 +1,101 @@
+"""What a server is asked for, and what it answers."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tokenprune_jax.errors import UserError
+
+
+class Answer(NamedTuple):
+  """logits [c]; layers: blocks that ran; macs, dense_macs: multiply-adds of it and of the plain encoder."""
+
+  logits: np.ndarray
+  layers: int
+  macs: float
+  dense_macs: float
+  truncated: int = 0  # tokens cut off a text that is too long
+
+  @property
+  def label(self) -> int:
+    """The class of the largest logit."""
+    return int(self.logits.argmax())
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+  """One example on its way."""
+
+  ids: np.ndarray
+  types: np.ndarray
+  controls: Mapping[str, float]
+  truncated: int
+  future: concurrent.futures.Future
+  macs: float = 0.0
+  layers: int = 0
+
+  def fail(self, error: Exception) -> None:
+    """Hands the error to whoever waits."""
+    if not self.future.done():
+      self.future.set_exception(error)
+
+
+class Reader(NamedTuple):
+  """Makes requests of what callers give.
+
+  longest: tokens that fit; vocabulary: number of token ids; controls: those that a request may set, with their defaults;
+  encode: as in `serve.Server`.
+  """
+
+  longest: int
+  vocabulary: int
+  controls: Mapping[str, float]
+  encode: Callable[..., Sequence[Any]] | None
+
+  def read(self, given: Any, controls: Mapping[str, float]) -> Request:
+    """A request of token ids, a text or a pair of texts. Raises UserError for anything else."""
+    unknown = sorted(set(controls) - set(self.controls))
+    if unknown:
+      known = ', '.join(self.controls) or 'none'
+      raise UserError(f'unknown control {unknown[0]!r}; the server was made with: {known}.')
+    values = {**self.controls, **controls}
+    if not all(np.isfinite(value) for value in values.values()):
+      raise UserError(f'controls are {values}; expected finite numbers.')
+    texts = (given,) if isinstance(given, str) else given
+    if isinstance(texts, (tuple, list)) and any(isinstance(part, str) for part in texts):
+      ids, types, cut = self.encoded(texts)
+    else:
+      ids = self.checked(given)
+      types, cut = np.zeros_like(ids), 0
+    return Request(ids, types, values, cut, concurrent.futures.Future())
+
+  def encoded(self, texts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, int]:
+    """(ids, types, tokens cut off) of a text or a pair."""
+    if len(texts) > 2 or not all(isinstance(part, str) for part in texts):
+      raise UserError(f'the request is {texts!r:.60}; expected one text, a pair of texts, or token ids.')
+    if not all(part.strip() for part in texts):
+      raise UserError('the request holds an empty text; expected some words.')
+    if self.encode is None:
+      raise UserError('the request is a text, and the server was made without a tokenizer; give it token ids.')
+    [(encoding, cut)] = self.encode([texts[0]], [texts[1]] if len(texts) == 2 else None)
+    return self.checked(encoding.ids), np.array(encoding.type_ids, np.int32), cut
+
+  def checked(self, given: Any) -> np.ndarray:
+    """Token ids as an array. Raises UserError."""
+    try:
+      ids = np.asarray(given)
+    except ValueError:  # rows of different lengths
+      ids = np.zeros((1, 1))
+    if ids.size == 0:
+      raise UserError('the request is empty; expected at least one token.')
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+      raise UserError(f'the request is {given!r:.60}; expected one text, a pair of texts, or token ids.')
+    if len(ids) > self.longest:
+      raise UserError(f'the request has {len(ids)} tokens; this server takes at most {self.longest}.')
+    if ids.min() < 0 or ids.max() >= self.vocabulary:
+      wrong = ids.min() if ids.min() < 0 else ids.max()
+      raise UserError(f'the request holds token id {wrong}; the model has the ids 0 to {self.vocabulary - 1}.')
+    return ids.astype(np.int32)

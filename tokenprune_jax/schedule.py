@@ -1,0 +1,24 @@
+"""How many tokens stay, layer by layer, as counts and as shares of a length."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from tokenprune_jax.errors import UserError
+
+
+def next_counts(ratio: float, length: int) -> tuple[int, ...]:
+  """next_counts[t] = floor(ratio * t) for t = 0 … length, at least 1 where t >= 1; exact in decimals."""
+  exact = Fraction(str(ratio))
+  return tuple(max(math.floor(exact * t), min(t, 1)) for t in range(length + 1))
+
+
+def places(share: float, length: int) -> int:
+  """The capacity that holds `share` of a padded length: rounded up, at least 1."""
+  return max(math.ceil(share * length - 1e-6), 1)
+
+
+def check_shares(key: str, shares: Sequence[float], depth: int) -> None:
+  """Raises UserError unless there is one share a layer, above 0 and at most 1."""
+  if len(shares) != depth or not all(0 < share <= 1 for share in shares):
+    raise UserError(f'{key} needs {depth} shares above 0 and at most 1, one a layer, got {tuple(shares)}')

@@ -1,0 +1,389 @@
+"""The executor `serve`: a host loop over compiled segments, so that cost follows each example's own survivors.
+
+After every segment the host reads how many slots of each example are left, and puts it into a pool with others of like
+length; a full pool runs next. Examples that exit leave their place to waiting ones. Nothing is approximated: an answer is
+that of the executor `mask`, whatever else is served beside it.
+
+    with serve.Server(model, params) as server:
+      server.precompile()
+      future = server.submit([101, 2023, 102])           # token ids; texts where `encode` is given
+      for answer in server.map(requests): ...
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tokenprune_jax import flops
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import Classifier
+from tokenprune_jax.request import Answer, Reader, Request
+from tokenprune_jax.segments import Bucket, Programs, Report, State
+
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # each at most 1.5 times the one before
+BATCH_TOKENS = {'cpu': 512}  # slots of a full batch; on a CPU a larger one leaves the cache
+MANY_TOKENS = 16384  # on an accelerator
+QUARTERS = 4  # capacities of keys and rows in a bucket, where a slot may be updated and not seen
+STARTED = 2  # batches whose results were not read yet: the host works while the device does
+HELD = 32  # full batches that pools may hold before new requests have to wait
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+  """The shapes that examples are grouped into.
+
+  lengths: of the input slots, increasing; the last one holds the longest request. batch_tokens: slots of a full batch
+  (0: by the backend). A batch has either one row or as many as fit.
+  """
+
+  lengths: tuple[int, ...] = LENGTHS
+  batch_tokens: int = 0
+
+  def settled(self, longest: int) -> 'Ladder':
+    """The ladder for a model that reads at most `longest` tokens. Raises UserError where it is none."""
+    rising = all(low < high for low, high in zip((0, *self.lengths), self.lengths))
+    if not self.lengths or any(type(n) is not int for n in self.lengths) or not rising:
+      raise UserError(f'ladder.lengths is {self.lengths}; expected whole numbers above 0 in increasing order.')
+    if self.batch_tokens < 0:
+      raise UserError(f'ladder.batch_tokens is {self.batch_tokens}; expected a number of slots, or 0 for the default.')
+    tokens = self.batch_tokens or BATCH_TOKENS.get(jax.default_backend(), MANY_TOKENS)
+    below = tuple(n for n in self.lengths if n < longest)
+    return Ladder((*below, longest) if self.lengths[-1] >= longest else below, tokens)
+
+  def slots(self, count: int) -> int:
+    """The smallest length that holds `count` tokens."""
+    return next(n for n in self.lengths if n >= count)
+
+  def rows(self, slots: int) -> int:
+    """Rows of a full batch."""
+    return max(1, self.batch_tokens // max(slots, self.lengths[0]))
+
+
+class Place(NamedTuple):
+  """Where rows wait: the segment that comes next, and their bucket in it."""
+
+  segment: int
+  bucket: Bucket
+
+
+@dataclasses.dataclass
+class Pool:
+  """Rows that wait for one program."""
+
+  place: Place
+  state: Any
+  requests: list[Request]
+
+
+class Started(NamedTuple):
+  """A batch that a program was started on."""
+
+  segment: int
+  requests: list[Request]
+  state: State | None
+  report: Report
+
+
+class Server:
+  """Serves a classifier. One thread runs it; `submit` and `map` may be called from any.
+
+  ladder: the shapes. queue: requests that may wait. encode: (texts, second texts or None) -> [(encoding, tokens cut off)],
+  as `data.Encoder`; without it requests are token ids. controls: {name: default} of the method's controls that a request
+  may set. Raises UserError where the ladder is none.
+  """
+
+  def __init__(
+    self,
+    model: Classifier,
+    params: Mapping[str, Any],
+    *,
+    ladder: Ladder | None = None,
+    queue: int = 256,
+    encode: Callable[..., Sequence[Any]] | None = None,
+    controls: Mapping[str, float] | None = None,
+  ):
+    if queue < 1:
+      raise UserError(f'queue is {queue}; it is how many requests may wait, 1 or more.')
+    config, controls = model.config, dict(controls or {})
+    self.model, self.queue, self.ladder = model, queue, (ladder or Ladder()).settled(config.max_length)
+    self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode)
+    self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
+    self.waiting: collections.deque[Request] = collections.deque()
+    self.pools: dict[Place, Pool] = {}  # none of them full
+    self.full: list[Pool] = []
+    self.started: collections.deque[Started] = collections.deque()
+    self.changed = threading.Condition()  # guards `waiting` and `closed`; the rest is the thread's own
+    self.closed = False
+    self.thread = threading.Thread(target=self.loop, name='serve', daemon=True)
+    self.thread.start()
+
+  # ------------------------------------------------------------------------------------------------ For callers
+  def submit(
+    self, request: Any, controls: Mapping[str, float] | None = None, *, wait: bool = False
+  ) -> concurrent.futures.Future:
+    """A future of the request's Answer. request: token ids, or a text or a pair of texts.
+
+    wait: until there is room in the queue. Raises UserError for a request that cannot be served, for a full queue
+    and for a closed server.
+    """
+    made = self.reader.read(request, controls or {})
+    with self.changed:
+      if wait:
+        self.changed.wait_for(lambda: self.closed or len(self.waiting) < self.queue)
+      if self.closed:
+        raise UserError('the server is closed; it takes no more requests.')
+      if len(self.waiting) >= self.queue:
+        raise UserError(f'the queue is full: {self.queue} requests wait. Try again later, or make it longer.')
+      self.waiting.append(made)
+      self.changed.notify_all()
+    return made.future
+
+  def map(
+    self, requests: Iterable[Any], controls: Mapping[str, float] | None = None, *, on_error: str = 'raise'
+  ) -> Iterator[Answer | UserError]:
+    """The answers in the order of the requests, which are read as there is room.
+
+    on_error: 'raise' what is wrong with a request when its turn comes (those behind it are given up), or 'return' the
+    UserError in the place of its answer.
+    """
+    if on_error not in ('raise', 'return'):
+      raise UserError(f"on_error is {on_error!r}; choose 'raise' or 'return'.")
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
+
+    def oldest() -> Answer | UserError:
+      error = pending[0].exception()  # waits for it
+      future = pending.popleft()
+      return error if isinstance(error, UserError) and on_error == 'return' else future.result()
+
+    try:
+      for number, request in enumerate(requests, 1):
+        try:
+          pending.append(self.submit(request, controls, wait=True))
+        except UserError as error:
+          pending.append(concurrent.futures.Future())
+          pending[-1].set_exception(UserError(f'request number {number}: {error}'))
+        while pending and (pending[0].done() or len(pending) > 4 * self.queue):
+          yield oldest()
+      while pending:
+        yield oldest()
+    finally:
+      for future in pending:  # the reader stopped early
+        future.cancel()
+
+  def precompile(self) -> int:
+    """Compiles every program that a request can need; returns how many there are."""
+    for index in range(len(self.programs.segments)):
+      for slots in self.lengths(index):
+        for bucket in self.variants(slots):
+          for rows in {1, bucket.rows}:
+            self.programs.program(index, bucket._replace(rows=rows))
+          if index and bucket.rows > 1:
+            self.alone(Pool(Place(index, bucket), self.programs.room(index, bucket), []), 0)
+        if index + 1 < len(self.programs.segments):
+          self.precompile_moves(index, slots)
+    return len(self.programs)
+
+  def close(self, cancel: bool = False) -> None:
+    """Answers what was submitted (or cancels what still waits), then ends the thread."""
+    with self.changed:
+      self.closed = True
+      for request in self.waiting if cancel else ():
+        request.future.cancel()
+      self.changed.notify_all()
+    self.thread.join()
+
+  def __enter__(self) -> 'Server':
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    self.close(cancel=error is not None)
+
+  # ------------------------------------------------------------------------------------------------ Shapes
+  def lengths(self, index: int) -> tuple[int, ...]:
+    """Input slots that a segment may get; 0 alone where all were combined."""
+    return self.ladder.lengths if index == 0 or self.programs.has_inputs(index - 1) else (0,)
+
+  def variants(self, slots: int) -> list[Bucket]:
+    """The full buckets of a length."""
+    rows, shares = self.ladder.rows(slots), [None, *range(1, QUARTERS)] if self.model.reducer.separates() else [None]
+    return [Bucket(rows, slots, keys, updated) for keys in shares for updated in shares]
+
+  def precompile_moves(self, index: int, slots: int) -> None:
+    """What takes rows of a segment's results to the pools of the next one."""
+    for rows in {1, self.ladder.rows(slots)}:
+      source = self.programs.room(index + 1, Bucket(rows, slots if self.programs.has_inputs(index) else 0))
+      for target in self.lengths(index + 1):
+        for bucket in self.variants(target) if target <= slots else ():
+          self.programs.move(self.programs.room(index + 1, bucket), source, np.zeros(bucket.rows, np.int32))
+
+  def bucket(self, index: int, report: Report, row: int) -> Bucket:
+    """Where a row goes after segment `index`."""
+    slots = self.ladder.slots(max(int(report.live[row]), 1)) if self.programs.has_inputs(index) else 0
+    keys = updated = None
+    if self.model.reducer.separates():
+      total = slots + self.programs.result(index).tokens.added
+      keys, updated = (quarter(int(count[row]), total) for count in (report.widest, report.updated))
+    return Bucket(self.ladder.rows(slots), slots, keys, updated)
+
+  # ------------------------------------------------------------------------------------------------ The loop
+  def loop(self) -> None:
+    """Runs until the server is closed and everything is answered."""
+    while True:
+      with self.changed:
+        self.changed.wait_for(lambda: self.closed or self.waiting or self.busy())
+        if not (self.waiting or self.busy()):
+          return
+        held = sum(len(pool.requests) / pool.place.bucket.rows for pool in self.pools.values())
+        admitted = [] if self.full or held > HELD else self.admit(whole=True)
+        if not (self.full or admitted or self.started):  # nothing fills a batch, and nothing runs that might
+          admitted = [] if held > HELD else self.admit(whole=False)
+      if self.full:
+        self.full.sort(key=lambda pool: pool.place.segment)
+        self.run(self.full.pop())
+      elif admitted:
+        self.begin(admitted)
+      elif self.started:
+        self.settle(self.started.popleft())
+      elif self.pools:
+        # From the front: what comes out of it may fill pools further on.
+        self.run(self.pools.pop(min(self.pools, key=lambda place: (place.segment, -place.bucket.slots))))
+      while len(self.started) > STARTED:
+        self.settle(self.started.popleft())
+
+  def busy(self) -> bool:
+    """Whether any request is on its way."""
+    return bool(self.started or self.full or self.pools)
+
+  def admit(self, whole: bool) -> list[Request]:
+    """Takes waiting requests of one bucket, the oldest first: a whole batch, or what there is of the oldest one's."""
+    groups: dict[int, list[Request]] = {}
+    chosen: list[Request] = []
+    for request in self.waiting:
+      slots = self.ladder.slots(len(request.ids))
+      group = groups.setdefault(slots, [])
+      group.append(request)
+      if len(group) == self.ladder.rows(slots):
+        chosen = group
+        break
+    if not chosen and groups and not whole:
+      chosen = next(iter(groups.values()))
+    taken = set(map(id, chosen))
+    if taken:
+      self.waiting = collections.deque(request for request in self.waiting if id(request) not in taken)
+      self.changed.notify_all()
+    return [request for request in chosen if request.future.set_running_or_notify_cancel()]
+
+  def begin(self, requests: list[Request]) -> None:
+    """Starts the first segment."""
+    slots = self.ladder.slots(max(len(request.ids) for request in requests))
+    bucket = Bucket(self.ladder.rows(slots), slots)
+    if crowded(requests, bucket):
+      self.start(Place(0, bucket), self.batch(requests, bucket), requests)
+      return
+    for request in requests:
+      alone = bucket._replace(rows=1)
+      self.start(Place(0, alone), self.batch([request], alone), [request])
+
+  def batch(self, requests: Sequence[Request], bucket: Bucket) -> dict[str, Any]:
+    """Requests side by side; rows left over are empty."""
+    ids = np.full((bucket.rows, bucket.slots), self.model.config.pad_id, np.int32)
+    types, mask = np.zeros_like(ids), np.zeros(ids.shape, bool)
+    controls = {name: np.full(bucket.rows, value, np.float32) for name, value in self.reader.controls.items()}
+    for row, request in enumerate(requests):
+      length = len(request.ids)
+      ids[row, :length], types[row, :length], mask[row, :length] = request.ids, request.types, True
+      for name, value in request.controls.items():
+        controls[name][row] = value
+    return {'ids': ids, 'mask': mask, 'types': types, 'controls': controls}
+
+  def run(self, pool: Pool) -> None:
+    """Starts a pool's program; where most of its rows are empty, one row at a time."""
+    if crowded(pool.requests, pool.place.bucket):
+      self.start(pool.place, pool.state, pool.requests)
+      return
+    for row, request in enumerate(pool.requests):
+      place = pool.place._replace(bucket=pool.place.bucket._replace(rows=1))
+      self.start(place, self.alone(pool, row), [request])
+
+  def alone(self, pool: Pool, row: int) -> State:
+    """One row of a pool."""
+    room = self.programs.room(pool.place.segment, pool.place.bucket._replace(rows=1))
+    return self.programs.move(room, pool.state, np.array([row], np.int32))
+
+  def start(self, place: Place, given: Any, requests: list[Request]) -> None:
+    """Starts a segment on a batch."""
+    try:
+      state, report = self.programs.program(*place)(given)
+      self.started.append(Started(place.segment, requests, state, report))
+    except Exception as error:  # these requests are lost, the server is not
+      fail(requests, error)
+
+  def settle(self, batch: Started) -> None:
+    """Reads what a segment found: finished examples are answered, the others go into the pools of the next one."""
+    try:
+      report = jax.device_get(batch.report)
+      segment = self.programs.segments[batch.segment]
+      going: dict[Bucket, list[int]] = {}
+      for row, request in enumerate(batch.requests):
+        self.count(request, segment.halves, report.counts, row)
+        if segment.last or report.exited[row]:
+          self.answer(request, report, row)
+        else:
+          going.setdefault(self.bucket(batch.segment, report, row), []).append(row)
+      for bucket, rows in going.items():
+        self.pour(Place(batch.segment + 1, bucket), batch, rows)
+    except Exception as error:
+      fail(batch.requests, error)
+
+  def pour(self, place: Place, batch: Started, rows: Sequence[int]) -> None:
+    """Rows of a batch into the pool of their place."""
+    while rows:
+      pool = self.pools.pop(place, None) or Pool(place, self.programs.room(*place), [])
+      room = place.bucket.rows - len(pool.requests)
+      which = np.full(place.bucket.rows, -1, np.int32)
+      which[len(pool.requests) :][: len(rows)] = rows[:room]
+      pool.state = self.programs.move(pool.state, batch.state, which)
+      pool.requests += [batch.requests[row] for row in rows[:room]]
+      rows = rows[room:]
+      if len(pool.requests) == place.bucket.rows:
+        self.full.append(pool)
+      else:
+        self.pools[place] = pool
+
+  def count(self, request: Request, halves: Sequence[Any], counts: Sequence[Mapping[str, np.ndarray]], row: int) -> None:
+    """Adds what a segment computed for a row."""
+    for half, columns in zip(halves, counts):
+      own = {name: float(columns[name][row]) if name in columns else 0.0 for name in flops.COUNTS}
+      request.macs += flops.block_macs(self.model.config, **own)
+      request.layers += half.attention
+
+  def answer(self, request: Request, report: Report, row: int) -> None:
+    """Ends a request."""
+    config, labels, head = self.model.config, self.model.labels, self.model.head
+    macs = request.macs + float(report.overhead[row]) + flops.head_macs(config, labels, head)
+    dense = flops.dense_macs(config, labels, head, len(request.ids))
+    request.future.set_result(Answer(report.answer[row], request.layers, macs, dense, request.truncated))
+
+
+def crowded(requests: Sequence[Request], bucket: Bucket) -> bool:
+  """Whether a batch is cheaper than its rows one by one."""
+  return 2 * len(requests) > bucket.rows
+
+
+def quarter(count: int, total: int) -> int | None:
+  """The quarter of `total` slots that holds `count`, 1 to 3; None: no fewer than all of them."""
+  share = max(math.ceil(count * QUARTERS / total), 1)
+  return share if share < QUARTERS else None
+
+
+def fail(requests: Sequence[Request], error: Exception) -> None:
+  """Hands an error to all of a batch."""
+  for request in requests:
+    request.fail(error)
