@@ -19,7 +19,7 @@ TINY_CONFIG = EncoderConfig(
   max_positions=40,
   dropout=0.0,
   attention_dropout=0.0,
-  attention='plain',
+  group_slots=0,
 )
 
 

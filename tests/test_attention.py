@@ -26,12 +26,11 @@ def arrays(seen_per_head=False, b=3, h=2, n=7, e=4):
   return query, key, value, seen, updated, bias
 
 
-@pytest.mark.parametrize('mapped', [False, True])
 @pytest.mark.parametrize('soft', [False, True])
 @pytest.mark.parametrize('per_head', [False, True])
-def test_mix_equals_a_loop(mapped, soft, per_head):
+def test_mix_equals_a_loop(soft, per_head):
   query, key, value, seen, updated, bias = arrays(per_head)
-  mixed, found = mix(query, key, value, seen, updated, bias, None, Mixing(READS, soft, mapped=mapped))
+  mixed, found = mix(query, key, value, seen, updated, bias, None, Mixing(READS, soft))
   for b in range(3):
     for h in range(2):
       alive = seen[b, h if per_head else 0]
@@ -101,14 +100,11 @@ def test_soft_seen_has_the_gradient_of_finite_differences():
 def test_dropout_is_of_the_stated_rate_and_leaves_evidence_alone():
   query, key, value, seen, updated, _ = arrays()
   ones = np.ones_like(seen)
-  for mapped in (False, True):
-    how = Mixing(('received',), dropout=0.5, mapped=mapped)
-    mixed, found = mix(query * 0, key, np.ones_like(value), ones, updated, None, jax.random.key(0), how)
-    plain, expected = mix(
-      query * 0, key, np.ones_like(value), ones, updated, None, None, Mixing(('received',))
-    )
-    np.testing.assert_allclose(found['received'], expected['received'], atol=1e-6)
-    assert abs(float(mixed.mean()) - 1) < 0.15 and float(mixed.std()) > 0.2 and float(plain.std()) < 1e-6
+  how = Mixing(('received',), dropout=0.5)
+  mixed, found = mix(query * 0, key, np.ones_like(value), ones, updated, None, jax.random.key(0), how)
+  plain, expected = mix(query * 0, key, np.ones_like(value), ones, updated, None, None, Mixing(('received',)))
+  np.testing.assert_allclose(found['received'], expected['received'], atol=1e-6)
+  assert abs(float(mixed.mean()) - 1) < 0.15 and float(mixed.std()) > 0.2 and float(plain.std()) < 1e-6
 
 
 def test_relative_bucket_is_symmetric_exact_when_near_and_capped_when_far():
@@ -117,3 +113,17 @@ def test_relative_bucket_is_symmetric_exact_when_near_and_capped_when_far():
   assert bucket[300] == 0 and (bucket[300 + 1 : 300 + 8] == 16 + np.arange(1, 8)).all()
   np.testing.assert_array_equal(bucket[:300][::-1] + 16, bucket[301:])
   assert bucket.max() == 31 and (np.diff(bucket[301:]) >= 0).all()
+
+
+@pytest.mark.parametrize('queries', [7, 5])
+@pytest.mark.parametrize('per_head', [False, True])
+def test_the_fused_kernel_and_its_light_evidence_equal_the_plain_ones(per_head, queries, monkeypatch):
+  monkeypatch.setattr(attention, 'PASS', 3)  # several passes, the last one not full
+  query, key, value, seen, updated, bias = arrays(per_head)
+  query, updated, bias = query[:, :, :queries], updated[:, :queries], bias[:, :, :queries]
+  reads = ('received', 'first_row')
+  plain = mix(query, key, value, seen, updated, bias, None, Mixing(reads))
+  fused = mix(query, key, value, seen, updated, bias, None, Mixing(reads, kernel='xla'))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, fused)
+  whole = Mixing(('weights',), kernel='xla')  # needs the map, which the fused kernel does not give
+  assert mix(query, key, value, seen, updated, bias, None, whole)[1]['weights'].shape == (3, 2, queries, 7)

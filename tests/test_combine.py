@@ -87,7 +87,7 @@ def test_the_stream_shrinks_to_the_slots_and_every_token_is_assigned(executor):
   assert np.asarray(trace.queries).tolist() == [[12, 12, 0, 3], [9, 9, 0, 3], [4, 4, 0, 3]]
   assert np.asarray(trace.keys).tolist() == np.asarray(trace.queries).tolist()
   assert ((np.asarray(trace.assignment) >= 0) == BATCH['mask']).all()
-  assert np.asarray(trace.overhead)[0] == 9 * 32 * (32 + 2 * 3) + 3 * 3 * 32**2
+  assert np.asarray(trace.overhead['combine'])[0] == 9 * 32 * (32 + 2 * 3) + 3 * 3 * 32**2
 
 
 def test_the_task_reaches_all_parameters_through_the_hard_assignment():

@@ -35,10 +35,10 @@ def close(a, b, tolerance=1e-4):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('attention', ['plain', 'mapped'])
+@pytest.mark.parametrize('group_slots', [0, 20])  # all at once; one or two at a time
 @pytest.mark.parametrize('name', METHODS)
-def test_compact_equals_mask(name, attention, family):
-  config = dataclasses.replace(FAMILIES[family], attention=attention)
+def test_compact_equals_mask(name, group_slots, family):
+  config = dataclasses.replace(FAMILIES[family], group_slots=group_slots)
   model, params = model_and_params(settings(name, 'TINY'), config)
   masked = apply(model, params, BATCH)
   compact = apply(model.clone(executor='compact'), params, BATCH)
@@ -46,6 +46,14 @@ def test_compact_equals_mask(name, attention, family):
   close(masked.logits, compact.logits)
   for field in ('keys', 'queries', 'rows', 'kept'):
     close(getattr(masked.trace, field), getattr(compact.trace, field), 1e-5)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('name', METHODS)
+def test_fused_attention_and_joint_products_change_nothing(name, family):
+  model, params = model_and_params(settings(name, 'TINY'), FAMILIES[family], executor='compact')
+  other = model.clone(config=dataclasses.replace(model.config, kernel='xla', joint=True))
+  close(apply(model, params, BATCH).logits, apply(other, params, BATCH).logits)
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+LIGHT = {'received', 'first_row'}  # evidence that needs no whole attention map
+PASS = 128  # queries of one pass over the keys
 EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything hard, where it is at least 1
 
 
@@ -63,10 +65,10 @@ def read(
   found = {}
   weights = jax.lax.stop_gradient(weights)
   if 'received' in reads or 'entropy' in reads:
-    received = jnp.einsum('...hqk,...q->...hk', weights, updated)
+    received = over_queries(weights, updated)
     found['received'] = received
   if 'entropy' in reads:
-    surprise = jnp.einsum('...hqk,...q->...hk', weights * jnp.log(weights + EPSILON), updated)
+    surprise = over_queries(weights * jnp.log(weights + EPSILON), updated)
     total = received + EPSILON
     found['entropy'] = jnp.maximum(jnp.log(total) - surprise / total, 0.0)
   if 'first_row' in reads:
@@ -76,24 +78,22 @@ def read(
   return {name: value for name, value in found.items() if name in reads}
 
 
+def over_queries(values: Float[Array, '*b h q k'], updated: Float[Array, '*b q']) -> Float[Array, '*b h k']:
+  """Sum over the queries, by `updated`: eight at a time where that divides them, which XLA fuses into one pass."""
+  *outer, q, k = values.shape
+  if q % 8:
+    return jnp.einsum('...hqk,...q->...hk', values, updated)
+  weighted = values * updated[..., None, :, None]
+  return weighted.reshape(*outer, q // 8, 8, k).sum(-2).sum(-2)
+
+
 class Mixing(NamedTuple):
-  """Static settings of `mix`. mapped: one example at a time, so that its attention map stays in the cache (CPU)."""
+  """Static settings of `mix`. kernel: 'plain', or the fused one of `fused`: 'xla', 'cudnn'."""
 
   reads: tuple[str, ...] = ()
   soft: bool = False
   dropout: float = 0.0
-  mapped: bool = False
-
-
-def is_mapped(choice: str, train: bool) -> bool:
-  """Whether attention goes one example at a time.
-
-  'auto': for inference on one CPU device, where the maps of a whole batch would leave the cache (2-3 times faster at 512
-  tokens). A gradient has to keep all maps anyway, and a batch spread over devices must not be walked through in order.
-  """
-  if choice != 'auto':
-    return choice == 'mapped'
-  return not train and jax.default_backend() == 'cpu' and jax.device_count() == 1
+  kernel: str = 'plain'
 
 
 def mix(
@@ -111,12 +111,9 @@ def mix(
   seen: how much each key is attended to; updated: 1 at queries that count in the evidence. bias: added to the scores.
   rng: key of the dropout on the weights, when `how.dropout` > 0; evidence comes before it.
   """
-  if how.mapped and query.shape[0] > 1:
-    return _mix_mapped(query, key, value, seen, updated, bias, rng, how)
-  query = query * query.shape[-1] ** -0.5
-  scores = jnp.einsum('bhqe,bhke->bhqk', query, key, preferred_element_type=jnp.float32)
-  if bias is not None:
-    scores = scores + bias
+  if how.kernel != 'plain' and not how.soft and not (how.dropout and rng is not None) and set(how.reads) <= LIGHT:
+    return fused(query, key, value, seen, bias, how.kernel), light(query, key, seen, updated, bias, how.reads)
+  scores = scaled_scores(query, key, bias)
   weights = (soft_weights if how.soft else hard_weights)(scores, seen[..., None, :])
   found = read(weights, updated, how.reads)
   if how.dropout and rng is not None:
@@ -128,19 +125,62 @@ def mix(
   return mixed, found
 
 
-def _mix_mapped(query, key, value, seen, updated, bias, rng, how):
-  shared = bias if bias is not None and bias.shape[0] == 1 else None
-  rngs = None if rng is None else jax.random.split(rng, query.shape[0])
-  own = None if shared is not None else bias
+def scaled_scores(query: Float[Array, 'b h q e'], key: Float[Array, 'b h k e'], bias) -> Float[Array, 'b h q k']:
+  """Scores in float32, bias included."""
+  query = query * query.shape[-1] ** -0.5
+  scores = jnp.einsum('bhqe,bhke->bhqk', query, key, preferred_element_type=jnp.float32)
+  return scores if bias is None else scores + bias
 
-  def one(example):
-    query, key, value, seen, updated, own, rng = example
-    own = shared if shared is not None else None if own is None else own[None]
-    alone = how._replace(mapped=False)
-    mixed, found = mix(query[None], key[None], value[None], seen[None], updated[None], own, rng, alone)
-    return mixed[0], {name: a[0] for name, a in found.items()}
 
-  return jax.lax.map(one, (query, key, value, seen, updated, own, rngs))
+def fused(
+  query: Float[Array, 'b h q e'],
+  key: Float[Array, 'b h k e'],
+  value: Float[Array, 'b h k e'],
+  seen: Float[Array, 'b #h k'],
+  bias: Float[Array, '#b h q k'] | None,
+  kernel: str,
+) -> Float[Array, 'b h q e']:
+  """`mix` for a hard `seen`, by `jax.nn.dot_product_attention`: no attention map is handed on.
+
+  Rows that see nothing are a mean of all values, not 0. kernel: 'xla', or 'cudnn' (bfloat16 or float16 on a GPU).
+  """
+  query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+  mask = jnp.broadcast_to((seen > 0)[:, :, None, :], (*seen.shape[:2], query.shape[1], seen.shape[-1]))
+  bias = None if bias is None else bias.astype(query.dtype)
+  mixed = jax.nn.dot_product_attention(query, key, value, bias, mask, implementation=kernel)
+  return mixed.swapaxes(1, 2).astype(jnp.float32)
+
+
+def light(
+  query: Float[Array, 'b h q e'],
+  key: Float[Array, 'b h k e'],
+  seen: Float[Array, 'b #h k'],
+  updated: Float[Array, 'b q'],
+  bias: Float[Array, '#b h q k'] | None,
+  reads: tuple[str, ...],
+) -> dict[str, Array]:
+  """The evidence `reads` names, of LIGHT, in a second pass over a few queries at a time: no whole map is kept."""
+  found = {}
+  if 'first_row' in reads:
+    row = soft_weights(scaled_scores(query[:, :, :1], key, None if bias is None else bias[:, :, :1]), seen[:, :, None])
+    found['first_row'] = row[:, :, 0]
+  if 'received' in reads:
+    b, h, q, _ = query.shape
+    pad = -q % min(PASS, q)
+
+    def cut(x, axis):  # [… q …] -> [passes … PASS …]
+      x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
+      x = x.reshape(*x.shape[:axis], -1, min(PASS, q), *x.shape[axis + 1 :])
+      return jnp.moveaxis(x, axis, 0)
+
+    def add(total, part):
+      query, updated, bias = part
+      weights = soft_weights(scaled_scores(query, key, bias), seen[:, :, None])
+      return total + over_queries(weights, updated), None
+
+    parts = cut(query, 2), cut(updated, 1), None if bias is None else cut(bias, 2)
+    found['received'] = jax.lax.scan(add, jnp.zeros((b, h, key.shape[2])), parts)[0]
+  return jax.lax.stop_gradient(found)
 
 
 def relative_bucket(

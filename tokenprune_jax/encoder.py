@@ -5,9 +5,11 @@ what every block computed. Shapes: b batch, n slots, h heads, d width, N input l
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
@@ -15,9 +17,12 @@ from jaxtyping import Array, Float
 from tokenprune_jax import attention
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.attention import Evidence
-from tokenprune_jax.layers import ACTIVATIONS, Dense, Norm
+from tokenprune_jax.layers import ACTIVATIONS, Dense, Norm, joint
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
+
+PASSES = {'received': 1, 'entropy': 2, 'first_row': 0, 'weights': 0}  # sums over an attention map that evidence takes
+CACHED_SLOTS = 1024  # on a CPU: a group's states, attention maps and hidden layer then stay in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,9 @@ class EncoderConfig:
   dropout: float = 0.1
   attention_dropout: float = 0.1
   dtype: str = 'float32'  # of the matrix products; parameters, softmax and LayerNorm stay in float32
-  attention: str = 'auto'  # or 'plain', 'mapped': see `attention.is_mapped`
+  kernel: str = 'plain'  # of attention; 'xla', 'cudnn': see `attention.fused`
+  joint: bool = False  # query, key and value in one product: faster where a matrix unit is hard to fill, slower on a CPU
+  group_slots: int = -1  # that half a block works on at a time at inference; 0: on all; -1: see `group_rows`
 
   @property
   def max_length(self) -> int:
@@ -59,7 +66,8 @@ class Trace:
   queries: Array
   rows: Array  # states through the feed-forward
   kept: Array  # [b L N] share of heads in which an input token is a key
-  overhead: Array  # [b] multiply-adds of the method itself
+  evidence: Array  # multiply-adds of what the method reads from the attention maps
+  overhead: dict[str, Array]  # {item: [b]} multiply-adds of the method itself
   overflow: Array  # [b] bool: a capacity was too small, so the result differs from `mask`
   assignment: Array  # [b N] int32 combination slot of each token; -1 none
 
@@ -113,8 +121,8 @@ class Rows(NamedTuple):
 
 def updated_rows(tokens: Tokens, compact: bool) -> Rows:
   """The rows to compute: gathered into `capacity.rows` under the compact executor, else all."""
-  capacity, n = tokens.capacity.rows, tokens.x.shape[1]
-  if not compact or capacity is None or capacity >= n:
+  capacity = stream.room(tokens.capacity.rows, tokens.x.shape[1])
+  if not compact or capacity is None:
     return Rows(tokens.x, tokens.updated, None, None, jnp.zeros(tokens.x.shape[0], bool))
   score = tokens.score.max(1) if tokens.score is not None and tokens.score.ndim == 3 else tokens.score
   index, kept, overflow = stream.select(tokens.updated > 0, capacity, score)
@@ -122,11 +130,42 @@ def updated_rows(tokens: Tokens, compact: bool) -> Rows:
   return Rows(stream.gather_rows(tokens.x, index, kept), updated, index, kept, overflow)
 
 
-def put_back(tokens: Tokens, rows: Rows, x: Float[Array, 'b q d']) -> Tokens:
-  """The stream with the computed rows in their slots; all others keep their state."""
+def put_back(tokens: Tokens, rows: Rows, x: Float[Array, 'b q d']) -> Float[Array, 'b n d']:
+  """The stream's states with the computed rows in their slots; all others keep theirs."""
   if rows.kept is None:
-    return tokens.replace(x=x)
-  return tokens.replace(x=jnp.where(rows.kept[..., None], stream.spread(x, rows.kept), tokens.x))
+    return x
+  return jnp.where(rows.kept[..., None], stream.spread(x, rows.kept), tokens.x)
+
+
+def group_rows(config: EncoderConfig, tokens: Tokens, train: bool) -> int:
+  """Examples that half a block works on at a time: a divisor of b.
+
+  By default as many as stay in the cache for inference on one CPU device, and all elsewhere: a gradient has to keep
+  everything anyway, and a batch that is spread over devices must not be walked through in order.
+  """
+  b, n = tokens.x.shape[:2]
+  limit = config.group_slots
+  if limit < 0:
+    limit = CACHED_SLOTS if jax.default_backend() == 'cpu' and jax.device_count() == 1 else 0
+  if train or not limit:
+    return b
+  return max((rows for rows in range(1, b + 1) if b % rows == 0 and rows * n <= limit), default=1)
+
+
+def in_groups(function: Callable, block: nn.Module, tokens: Tokens, bias, rows: int):
+  """function(block, tokens, bias) -> arrays with leading axis b, on `rows` examples at a time."""
+  b = tokens.x.shape[0]
+  shared = bias is None or bias.shape[0] == 1
+
+  def split(x):
+    return x.reshape(b // rows, rows, *x.shape[1:])
+
+  def body(block, carry, given):
+    return carry, function(block, given[0], bias if shared else given[1])
+
+  walk = nn.scan(body, variable_broadcast='params', split_rngs={'params': False})
+  _, found = walk(block, (), (jax.tree.map(split, tokens), None if shared else split(bias)))
+  return jax.tree.map(lambda x: x.reshape(b, *x.shape[2:]), found)
 
 
 def pick_bias(bias, queries: Array | None, keys: Array | None):
@@ -173,18 +212,33 @@ class Block(nn.Module):
     self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool
   ) -> tuple[Tokens, Evidence, Array]:
     """The first half. Returns (tokens, evidence, overflow [b])."""
+    rows = group_rows(self.config, tokens, train)
+    if rows < tokens.x.shape[0]:
+      x, evidence, overflow = in_groups(lambda block, *given: block.mixed(*given, reads, train), self, tokens, bias, rows)
+    else:
+      x, evidence, overflow = self.mixed(tokens, bias, reads, train)
+    return tokens.replace(x=x), evidence, overflow
+
+  def mixed(self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool) -> tuple[Array, Evidence, Array]:
+    """`attend` on all examples at once: (x, evidence, overflow)."""
     rows = updated_rows(tokens, self.compact)
-    key, value, seen, index, kept, overflow = self.keys_and_values(tokens)
+    if self.config.joint and rows.place is None and stream.room(tokens.capacity.keys, tokens.x.shape[1]) is None:
+      query, key, value = (self.heads(x) for x in joint((self.query, self.key, self.value), tokens.x))
+      seen, index, kept = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None], None, None
+      overflow = jnp.zeros(tokens.x.shape[0], bool)
+    else:
+      query = self.heads(self.query(rows.x))
+      key, value, seen, index, kept, overflow = self.keys_and_values(tokens)
     dropout = self.config.attention_dropout if train else 0.0
     mixed, found = attention.mix(
-      self.heads(self.query(rows.x)),
+      query,
       key,
       value,
       seen,
       rows.updated,
       pick_bias(bias, rows.place, index),
       self.make_rng('dropout') if dropout else None,
-      attention.Mixing(reads, self.soft, dropout, attention.is_mapped(self.config.attention, train)),
+      attention.Mixing(reads, self.soft, dropout, self.config.kernel),
     )
     change = self.drop(self.out(mixed.swapaxes(1, 2).reshape(rows.x.shape)), deterministic=not train)
     x = self.residual(rows, change, self.attention_norm)
@@ -196,9 +250,9 @@ class Block(nn.Module):
     Under the compact executor only survivors of the last decision: gathered before the projections where all heads keep
     the same slots, after them where heads differ.
     """
-    capacity, n = tokens.capacity.keys, tokens.x.shape[1]
+    capacity = stream.room(tokens.capacity.keys, tokens.x.shape[1])
     seen = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None]
-    if not self.compact or capacity is None or capacity >= n:
+    if not self.compact or capacity is None:
       key, value = self.heads(self.key(tokens.x)), self.heads(self.value(tokens.x))
       return key, value, seen, None, None, jnp.zeros(seen.shape[0], bool)
     score = tokens.score[:, None] if tokens.score is not None and tokens.score.ndim == 2 else tokens.score
@@ -214,6 +268,15 @@ class Block(nn.Module):
 
   def feed_forward(self, tokens: Tokens, train: bool) -> tuple[Tokens, Array]:
     """The second half. Returns (tokens, overflow [b])."""
+    rows = group_rows(self.config, tokens, train)
+    if rows < tokens.x.shape[0]:
+      x, overflow = in_groups(lambda block, given, _: block.fed_forward(given, train), self, tokens, None, rows)
+    else:
+      x, overflow = self.fed_forward(tokens, train)
+    return tokens.replace(x=x), overflow
+
+  def fed_forward(self, tokens: Tokens, train: bool) -> tuple[Array, Array]:
+    """`feed_forward` on all examples at once: (x, overflow)."""
     rows = updated_rows(tokens, self.compact)
     hidden = ACTIVATIONS[self.config.activation](self.up(rows.x))
     change = self.drop(self.down(hidden), deterministic=not train)
@@ -248,7 +311,7 @@ class Encoder(nn.Module):
     slots = inputs.mask.sum(-1, dtype=jnp.float32) + tokens.added
     bias, overflow, counts = self.relative_bias(tokens), jnp.zeros(b, bool), {}
     for half in self.halves():
-      counts[half] = count(tokens, half)
+      counts[half] = self.count(tokens, half)
       tokens, memory, bias, lost = self.advance(tokens, memory, bias, half, train)
       overflow |= lost
     if self.is_initializing():  # a replaced block stays in the tree, so that one backbone fits every method
@@ -283,26 +346,32 @@ class Encoder(nn.Module):
     """Several halves at inference: (tokens, memory, {half: counts})."""
     bias, counts = self.relative_bias(tokens), {}
     for half in halves:
-      counts[half] = count(tokens, half)
+      counts[half] = self.count(tokens, half)
       tokens, memory, bias, _ = self.advance(tokens, memory, bias, half)
     return tokens, memory, counts
 
+  def count(self, tokens: Tokens, half: Half) -> dict[str, Array]:
+    """What a half computes, as the columns of `Trace` that it fills."""
+    if not half.attention:
+      return {'rows': tokens.updated.sum(-1)}
+    shared = tokens.seen.ndim == 2
+    share = tokens.seen if shared else tokens.seen.mean(axis=1)
+    keys, queries = share.sum(-1), tokens.updated.sum(-1)
+    passes = sum(PASSES[name] for name in self.reducer.reads(half.layer))
+    return {
+      'keys': keys,
+      'widest': keys if shared else tokens.seen.sum(-1).max(axis=1),
+      # Where heads differ, every live slot is projected and each head then takes its own.
+      'key_rows': keys if shared else stream.live(tokens).sum(-1).astype(jnp.float32),
+      'queries': queries,
+      'evidence': passes * self.config.heads * queries * keys,
+      'kept': stream.scatter_to_input(share, tokens.position, tokens.length),
+    }
 
-def count(tokens: Tokens, half: Half) -> dict[str, Array]:
-  """What a half computes, as the columns of `Trace` that it fills."""
-  if not half.attention:
-    return {'rows': tokens.updated.sum(-1)}
-  shared = tokens.seen.ndim == 2
-  share = tokens.seen if shared else tokens.seen.mean(axis=1)
-  keys = share.sum(-1)
-  return {
-    'keys': keys,
-    'widest': keys if shared else tokens.seen.sum(-1).max(axis=1),
-    # Where heads differ, every live slot is projected and each head then takes its own.
-    'key_rows': keys if shared else stream.live(tokens).sum(-1).astype(jnp.float32),
-    'queries': tokens.updated.sum(-1),
-    'kept': stream.scatter_to_input(share, tokens.position, tokens.length),
-  }
+
+def overheads(memory: Memory) -> dict[str, Array]:
+  """What the method itself computed: {item: multiply-adds [b]}."""
+  return {name.removeprefix('macs_'): macs for name, macs in memory.items() if name.startswith('macs_')}
 
 
 def trace(
@@ -310,7 +379,7 @@ def trace(
 ) -> Trace:
   """What each block computed, from the counts of its halves; 0 for a block that does not run."""
   b = overflow.shape[0]
-  nothing = {name: jnp.zeros(b) for name in ('keys', 'widest', 'key_rows', 'queries', 'rows')}
+  nothing = {name: jnp.zeros(b) for name in ('keys', 'widest', 'key_rows', 'queries', 'rows', 'evidence')}
   nothing['kept'] = jnp.zeros((b, length))
   blocks = [
     {**nothing, **counts.get(Half(l, True), {}), **counts.get(Half(l, False), {})} for l in range(1, depth + 1)
@@ -318,7 +387,7 @@ def trace(
   return Trace(
     **{name: jnp.stack([block[name] for block in blocks], axis=1) for name in nothing},
     slots=slots,
-    overhead=memory.get('overhead_macs', jnp.zeros(b)),
+    overhead=overheads(memory),
     overflow=overflow,
     assignment=memory.get('assignment', jnp.full((b, length), -1, jnp.int32)),
   )

@@ -7,7 +7,7 @@ than the product. Shapes: i features in, o features out, d width.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -90,12 +90,24 @@ class Dense(nn.Module):
   features: int
   dtype: str
 
-  @nn.compact
   def __call__(self, x: Float[Array, '*b i']) -> Float[Array, '*b o']:
-    kernel = self.param('kernel', nn.initializers.normal(0.02), (x.shape[-1], self.features))
-    y = product(x.astype(self.dtype), kernel.astype(self.dtype))
-    bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    return (y + bias).astype(self.dtype)
+    return joint((self,), x)[0]
+
+  @nn.compact
+  def weights(self, inputs: int) -> tuple[Float[Array, 'i o'], Float[Array, ' o']]:
+    """(kernel, bias)."""
+    kernel = self.param('kernel', nn.initializers.normal(0.02), (inputs, self.features))
+    return kernel, self.param('bias', nn.initializers.zeros, (self.features,))
+
+
+def joint(layers: Sequence[Dense], x: Float[Array, '*b i']) -> list[Float[Array, '*b o']]:
+  """What each layer makes of `x`, all in one product."""
+  dtype = layers[0].dtype
+  kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers))
+  kernel = kernels[0] if len(layers) == 1 else jnp.concatenate(kernels, axis=1)
+  bias = biases[0] if len(layers) == 1 else jnp.concatenate(biases)
+  y = (product(x.astype(dtype), kernel.astype(dtype)) + bias).astype(dtype)
+  return jnp.split(y, len(layers), axis=-1) if len(layers) > 1 else [y]
 
 
 class Norm(nn.Module):

@@ -4,7 +4,7 @@ A method is one file in `reducers/`: a Linen module named `Method` that extends 
 needs. Decisions go into the stream (`seen`, `updated`, `score`, `capacity`), private state into `memory`, a dict of
 arrays with leading axis b in original-position indexing. Entries of `memory` that the caller reads:
 
-  loss scalar: added to the task's loss;  overhead_macs [b]: multiply-adds of the method itself;
+  loss scalar: added to the task's loss;  macs_NAME [b]: multiply-adds of the method itself, an item each;
   assignment [b N] int32: the combination slot each input token went to;
   exited [b] bool, prediction [b c]: examples that are answered before the last layer, and their logits;
   logits [b e c]: of all exits, for a training objective.

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int
 
 from tokenprune_jax import tokens as stream
-from tokenprune_jax.encoder import Encoder, count
+from tokenprune_jax.encoder import Encoder, overheads
 from tokenprune_jax.models import Classifier, Head
 from tokenprune_jax.reducer import Half, Inputs, Memory, read_out
 from tokenprune_jax.tokens import Capacity, Tokens
@@ -62,8 +62,8 @@ class Report(NamedTuple):
   updated: Array  # rows, added slots included
   exited: Array  # bool
   answer: Array
-  overhead: Array  # multiply-adds of the method itself, so far
-  counts: list[dict[str, Array]]  # of each half: `encoder.count`
+  overhead: Array  # multiply-adds of the method itself, so far, all items
+  counts: list[dict[str, Array]]  # of each half: `Encoder.count`
 
 
 def cut(model: Classifier) -> tuple[Segment, ...]:
@@ -119,7 +119,7 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
     updated=(tokens.updated > 0).sum(-1),
     exited=exited,
     answer=answer,
-    overhead=memory.get('overhead_macs', jnp.zeros(b)),
+    overhead=sum(overheads(memory).values(), jnp.zeros(b)),
     counts=[{name: value for name, value in counts[half].items() if name != 'kept'} for half in segment.halves],
   )
   return (None if segment.last else State(sorted_stream(tokens), memory)), report

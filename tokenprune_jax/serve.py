@@ -361,7 +361,7 @@ class Server:
     """Adds what a segment computed for a row."""
     for half, columns in zip(halves, counts):
       own = {name: float(columns[name][row]) if name in columns else 0.0 for name in flops.COUNTS}
-      request.macs += flops.block_macs(self.model.config, **own)
+      request.macs += flops.block_macs(self.model.config, **own) + float(columns.get('evidence', [0] * (row + 1))[row])
       request.layers += half.attention
 
   def answer(self, request: Request, report: Report, row: int) -> None:

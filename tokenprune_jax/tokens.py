@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
+VECTOR = 8  # a CPU's loops are slower where a length is no multiple of it
+MANY = 64  # below so many slots a few more would cost more than that
+
 
 class Capacity(NamedTuple):
   """Static numbers of slots that survivors fit into; None = not known, keep them all.
@@ -119,10 +122,18 @@ def spread(rows: Num[Array, '*batch k d'], kept: Bool[Array, '*batch n']) -> Num
   return jnp.where(kept[..., None], jnp.take_along_axis(rows, place[..., None], axis=-2), 0)
 
 
+def room(capacity: int | None, n: int) -> int | None:
+  """How many of n slots an executor gathers for a capacity: whole vectors; None where that is all of them."""
+  if capacity is None or capacity >= n:
+    return None
+  whole = -(-capacity // VECTOR) * VECTOR if n >= MANY else capacity
+  return whole if whole < n else None
+
+
 def compress(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
   """Gathers the stream into `capacity.slots`, if the last decision stated it. Returns (tokens, overflow [b])."""
-  slots, n = tokens.capacity.slots, tokens.x.shape[1]
-  if slots is None or slots >= n:
+  slots = room(tokens.capacity.slots, tokens.x.shape[1])
+  if slots is None:
     return tokens, jnp.zeros(tokens.x.shape[0], bool)
   return gather_live(tokens, slots)
 

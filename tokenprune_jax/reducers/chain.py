@@ -12,7 +12,7 @@ TINY: dict = {
   'reducers': ({'name': 'fuzzy', 'ratio': 0.7, 'rule': 'rank'}, {'name': 'combine', 'slots': 3, 'layer': 3})
 }
 NEUTRAL: dict = {'reducers': ({'name': 'fuzzy', 'ratio': 1.0}, {'name': 'none'})}
-SUMMED = ('loss', 'overhead_macs')  # memory entries to which several methods may contribute
+SUMMED = ('loss',)  # memory entries to which several methods may contribute
 
 
 class Method(Reducer):

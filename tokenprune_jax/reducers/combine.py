@@ -115,7 +115,7 @@ class Method(Reducer):
     b, _, d = tokens.x.shape
     states = jnp.broadcast_to(self.tokens(d).astype(tokens.x.dtype), (b, self.slots, d))
     nowhere = jnp.full((b, tokens.length), -1, jnp.int32)
-    return append(tokens, states), {'overhead_macs': jnp.zeros(b), 'assignment': nowhere}
+    return append(tokens, states), {'macs_combine': jnp.zeros(b), 'assignment': nowhere}
 
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
     if not self.slots or layer != self.layer - 1:
@@ -128,8 +128,7 @@ class Method(Reducer):
     macs = count * width * (width + 2 * self.slots) + 3 * self.slots * width**2
     slot = (assignment.argmax(1) + 1) * (mask > 0)
     where = scatter_to_input(slot, tokens.position[:, :n], tokens.length) - 1
-    overhead = memory['overhead_macs'] + macs
-    return only(combined, assignment.sum(-1), tokens.length), {**memory, 'overhead_macs': overhead, 'assignment': where}
+    return only(combined, assignment.sum(-1), tokens.length), {**memory, 'macs_combine': macs, 'assignment': where}
 
 
 def append(tokens: Tokens, states: Float[Array, 'b m d']) -> Tokens:

@@ -78,7 +78,7 @@ class Method(Reducer):
       'exit_threshold': inputs.controls.get('exit_threshold', given),
       'exited': jnp.zeros(b, bool),
       'prediction': jnp.zeros((b, inputs.labels)),
-      'overhead_macs': jnp.zeros(b),
+      'macs_exits': jnp.zeros(b),
     }
     return tokens, memory
 
@@ -92,11 +92,10 @@ class Method(Reducer):
       sofar = [memory['logits']] if 'logits' in memory else []
       return tokens, {**memory, 'logits': jnp.concatenate([*sofar, logits[:, None]], axis=1)}
     now = ~before & (uncertainty(logits) < memory['exit_threshold'])
-    overhead = memory['overhead_macs'] + jnp.where(before, 0, state.shape[1] * labels)
     memory = {
       **memory,
       'exited': before | now,
       'prediction': jnp.where(now[:, None], logits, memory['prediction']),
-      'overhead_macs': overhead,
+      'macs_exits': memory['macs_exits'] + jnp.where(before, 0, state.shape[1] * labels),
     }
     return empty_rows(tokens, memory['exited']), memory
