@@ -3,7 +3,80 @@
 A method brings its own in `reducers/NAME.py`, beside its module, as plain values:
 
   OBJECTIVES = {'soft': soft, …}      soft(apply, params, batch, rng, teacher) -> (loss, {name: scalar})
-  def finish(spec: Mapping[str, Any], validation: Callable[[], Validation]) -> dict[str, dict[str, Any]]:
+  def finish(fields, validation)      -> {field: value}: calibrated capacities, …, for later stages and for use
+
+fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass (`models.Output`), with dropout and noise where rng is not
+None; an objective may call it several times. `teacher(batch)` is the forward pass of the stage's teacher,
+without gradient; None without a teacher. Losses and metrics are means over the batch's rows by
+`batch['weight']`.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tokenprune_jax import reducers
+from tokenprune_jax.encoder import Trace
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import Classifier, Output
+from tokenprune_jax.tasks import Task
+
+Apply = Callable[..., Output]  # (params, batch, rng=None)
+Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (apply, params, batch, rng, teacher)
+
+
+class Validation(NamedTuple):
+  """What `finish` may look at: a forward pass of the trained model (jitted, no dropout) and the validation batches."""
+
+  apply: Callable[..., Output]  # (batch)
+  batches: Callable[[], Iterable[dict[str, jax.Array]]]
+
+  def capacities(self, column: Callable[[Trace], jax.Array], overflow_rate: float) -> tuple[float, ...]:
+    """By layer, the share of the padded length that holds all but `overflow_rate` of the examples.
+
+    column: the counts [b L] of a trace that a capacity must hold.
+    """
+    shares = []
+    for batch in self.batches():
+      counts, weight = jax.device_get((column(self.apply(batch).trace), batch['weight']))
+      shares.append(counts[weight > 0] / batch['ids'].shape[1])
+    found = np.quantile(np.concatenate(shares), 1 - overflow_rate, axis=0, method='higher')
+    return tuple(np.clip(found, 1e-6, 1.0).tolist())
+
+
+def default_objective(task: Task) -> Objective:
+  """One forward pass: the task's loss plus what the method adds to it."""
+
+  def objective(apply, params, batch, rng, teacher):
+    output = apply(params, batch, rng)
+    loss = task.loss(output.logits, batch)
+    return loss + output.loss, {'task_loss': loss, 'reducer_loss': output.loss}
+
+  return objective
+
+
+def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task) -> Objective:
+  """The stage's objective: the default one, or one that a reducer of `spec` brings. Raises UserError."""
+  if stage['objective'] == 'default':
+    if stage['teacher']:
+      raise UserError(
+        f'stage {stage["name"]!r} names a teacher, but its objective is the default one, without any.'
+      )
+    return default_objective(task)
+  brought: dict[str, Objective] = {}
+  for name in names(spec):
+    brought |= getattr(module(name), 'OBJECTIVES', {})
+  if stage['objective'] not in brought:
+    known = ', '.join(['default', *brought])
+    raise UserError(f"stage {stage['name']!r}: objective is '{stage['objective']}'; there is: {known}.")
+  return brought[stage['objective']]
+
+
+def finish(spec: Mapping[str, Any], validation: Callable[[], Validation]) -> dict[str, dict[str, Any]]:
   """{reducer: fields} that the stage's reducers hand on; validation() loads the best parameters."""
   fields = {}
   for member in members(spec):

@@ -1,0 +1,59 @@
+"""Plans for machines that are not here: 8 simulated devices, and programs lowered for TPU and CUDA."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.reference import TINY_CONFIG, ragged_batch
+from tests.test_reducers import METHODS, settings
+from tokenprune_jax import optim, stages, tasks, train
+from tokenprune_jax.models import Classifier, make_reducer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='module')
+def on_eight_devices():
+  command = [sys.executable, '-m', 'tests.scale_run', ','.join(METHODS)]
+  run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+  assert run.returncode == 0, run.stderr
+  return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_eight_devices_give_the_same_numbers_for_an_eighth_of_the_work_each(on_eight_devices, name):
+  for what, found in on_eight_devices[name].items():
+    assert found['difference'] < 1e-4, (what, found)
+    assert found['work'] == pytest.approx(1 / 8, rel=0.01), (what, found)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_only_collective_is_the_reduction_of_gradients(on_eight_devices, name):
+  assert on_eight_devices[name]['forward']['collectives'] == []
+  assert on_eight_devices[name].get('step', {}).get('collectives', ['all-reduce']) == ['all-reduce']
+
+
+@pytest.mark.parametrize('kernel', ['plain', 'xla'])  # cuDNN's kernel cannot be lowered where there is no cuDNN
+@pytest.mark.parametrize('name', METHODS)
+def test_forward_and_step_lower_for_tpu_and_cuda(name, kernel):
+  config = dataclasses.replace(TINY_CONFIG, kernel=kernel, joint=True, dtype='bfloat16', dropout=0.1)
+  model = Classifier(config, make_reducer(settings(name, 'TINY')), 3, executor='compact').check()
+  params = jax.eval_shape(model.init_params, jax.random.key(0))
+  rows = ragged_batch((16,) * 8, 16) | {'label': np.zeros(8, np.int32), 'weight': np.ones(8, np.float32)}
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
+  optimizer = optim.adamw(params, optim.schedule(1e-3, 10, 0.1), groups=(), weight_decay=0.01, clip=1.0)
+  step = train.make_step(stages.default_objective(tasks.make('classify')), model, optimizer, None, 1, None)
+  state = {'trained': params, 'optimizer': jax.eval_shape(optimizer.init, params)}
+  number = jax.ShapeDtypeStruct((), np.int32)
+  forward = jax.jit(lambda params, batch: model.apply({'params': params}, batch).logits)
+  for exported in (
+    jax.export.export(forward, platforms=['tpu', 'cuda'])(params, batch),
+    jax.export.export(step, platforms=['tpu', 'cuda'])(state, {}, None, batch, number, number),
+  ):
+    assert exported.platforms == ('tpu', 'cuda') and 'stablehlo.dot_general' in exported.mlir_module()
