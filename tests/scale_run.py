@@ -15,7 +15,9 @@ import numpy as np
 
 DEVICES = 8
 STEPS = ('chain', 'topk')  # whose training step runs too: most of the time is compiling
-COLLECTIVE = re.compile(r'= .*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(')
+COLLECTIVE = re.compile(
+  r'= .*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
+)
 
 
 def main():
@@ -47,7 +49,9 @@ def main():
     for what, function in (('forward', forward), ('step', trained))[: 1 + (name in STEPS)]:
       alone = jax.jit(function).lower(params, batch).compile()
       placed = jax.device_put(params, everywhere), jax.device_put(batch, spread)
-      together = jax.jit(function, out_shardings=spread if what == 'forward' else everywhere).lower(*placed).compile()
+      together = (
+        jax.jit(function, out_shardings=spread if what == 'forward' else everywhere).lower(*placed).compile()
+      )
       one, all_ = alone(params, batch), together(*placed)
       pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(all_))]
       difference = max(float(np.abs(a - b).max() / max(1, np.abs(a).max())) for a, b in pairs)
@@ -61,9 +65,13 @@ def main():
 
 def products(hlo):
   """Elements that all matrix products of a compiled program give, times what each sums over."""
-  shapes = {m[1]: [int(d) for d in m[2].split(',') if d] for m in re.finditer(r'(%\S+) = \w+\[([\d,]*)\]', hlo)}
+  shapes = {
+    m[1]: [int(d) for d in m[2].split(',') if d] for m in re.finditer(r'(%\S+) = \w+\[([\d,]*)\]', hlo)
+  }
   total = 0
-  for name, left, contracted in re.findall(r'(%\S+) = \S+ dot\((%[^,\s)]+), .*?lhs_contracting_dims=\{([\d,]*)\}', hlo):
+  for name, left, contracted in re.findall(
+    r'(%\S+) = \S+ dot\((%[^,\s)]+), .*?lhs_contracting_dims=\{([\d,]*)\}', hlo
+  ):
     total += np.prod(shapes[name]) * np.prod([shapes[left][int(d)] for d in contracted.split(',')])
   return float(total)
 

@@ -220,3 +220,18 @@ def test_batch_f1_does_not_follow_the_order_of_the_file():
 def test_unknown_task():
   with pytest.raises(UserError, match="'sort'"):
     tasks.make('sort')
+
+
+def test_examples_that_overflow_are_computed_again_on_request():
+  spec = {'name': 'threshold', 'threshold': 0.0, 'capacities': (1.0, 0.3, 0.3, 0.3)}
+  model, params, split = make_model(spec, executor='compact')
+  expected, exact = run(model.clone(executor='mask'), params, split)
+  tight, lost = run(model, params, split)
+  assert expected['overflow'] == 0 < tight['overflow'] < COUNT
+  again, mended = evaluate.evaluate(
+    model, params, split, tasks.make('classify'), batch_size=8, buckets=(16, 32), pad_id=0, rerun=True
+  )
+  assert again['overflow'] == tight['overflow']
+  for a, b in zip(mended, exact):
+    np.testing.assert_allclose(a['probabilities'], b['probabilities'], atol=1e-5)
+  assert any(a['probabilities'] != b['probabilities'] for a, b in zip(lost, exact))

@@ -19,7 +19,9 @@ def test_published_reference_values():
   assert abs(2 * dense(26) / 1e9 - 4.45) < 0.01  # LTP's SST-2 at its mean length, rounded
   assert abs(dense(384) / 35_340_779_904 - 1) < 0.001  # LAT's, with a few extras
   linear = flops.block_parts(bert, 128, 128, 128, 128)
-  fastbert = 12 * (linear['projections'] + linear['feed_forward']) + flops.fastbert_classifier_macs(bert, 2, 128)
+  fastbert = 12 * (linear['projections'] + linear['feed_forward']) + flops.fastbert_classifier_macs(
+    bert, 2, 128
+  )
   assert abs(2 * fastbert / 1e9 - 21.785) < 0.001
 
 
@@ -49,11 +51,17 @@ def test_what_a_method_computes_itself_is_itemised():
   assert list(parts) == ['projections', 'attention', 'feed_forward', 'head', 'evidence', 'combine']
   keys, queries = (np.asarray(x)[0] for x in (trace.keys, trace.queries))
   assert float(parts['evidence'][0]) == pytest.approx(2 * 4 * (keys * queries).sum())
-  np.testing.assert_allclose(sum(parts.values()), flops.trace_macs(model.config, 3, 'linear', trace), rtol=1e-6)
+  np.testing.assert_allclose(
+    sum(parts.values()), flops.trace_macs(model.config, 3, 'linear', trace), rtol=1e-6
+  )
 
 
 def test_products_are_what_xla_counts():
-  for spec in ({'name': 'none'}, {'name': 'combine', 'slots': 3, 'layer': 3}, {'name': 'topk', 'ratio': 0.75}):
+  for spec in (
+    {'name': 'none'},
+    {'name': 'combine', 'slots': 3, 'layer': 3},
+    {'name': 'topk', 'ratio': 0.75},
+  ):
     model, params = model_and_params(spec, executor='compact')
     batch = ragged_batch((32,), 32)
     counted = jax.jit(lambda p, m=model, b=batch: apply(m, p, b).logits).lower(params).as_text(dialect='hlo')

@@ -228,3 +228,23 @@ def test_a_bad_file_leaves_the_earlier_output(chained, tmp_path):
   with pytest.raises(UserError, match='empty'):
     predict.predict_file(chained, tmp_path / 'a.txt', tmp_path / 'out.jsonl')
   assert (tmp_path / 'out.jsonl').read_text() == 'earlier\n'
+
+
+def test_a_server_answers_texts_and_pairs_as_predict_does(predictor):
+  texts = [WORDS, 'gilu gilu fumo', ('hape', 'dice dice'), 'fumo ' * 100]
+  plain = [predictor.predict([text])[0] for text in texts]
+  with predictor.serve(queue=4) as server:
+    answers = list(server.map(texts))
+  assert [answer.label for answer in answers] == [record['label'] for record in plain]
+  for answer, record in zip(answers, plain):
+    np.testing.assert_allclose(answer.probabilities, list(record['probabilities'].values()), atol=1e-5)
+    assert answer.truncated == record.get('truncated', 0) and 0 < answer.macs < answer.dense_macs
+
+
+def test_a_text_that_overflows_is_read_again_in_full(tmp_path):
+  spec = {'name': 'threshold', 'threshold': 0.0, 'capacities': (1.0, 0.2, 0.2)}
+  folder = export(tmp_path, spec)
+  compact, exact = (
+    tokenprune_jax.load(folder, executor).predict([WORDS * 3]) for executor in ('compact', 'mask')
+  )
+  assert compact[0]['probabilities'] == pytest.approx(exact[0]['probabilities'], abs=1e-5)

@@ -39,7 +39,9 @@ def test_the_only_collective_is_the_reduction_of_gradients(on_eight_devices, nam
   assert on_eight_devices[name].get('step', {}).get('collectives', ['all-reduce']) == ['all-reduce']
 
 
-@pytest.mark.parametrize('kernel', ['plain', 'xla'])  # cuDNN's kernel cannot be lowered where there is no cuDNN
+@pytest.mark.parametrize(
+  'kernel', ['plain', 'xla']
+)  # cuDNN's kernel cannot be lowered where there is no cuDNN
 @pytest.mark.parametrize('name', METHODS)
 def test_forward_and_step_lower_for_tpu_and_cuda(name, kernel):
   config = dataclasses.replace(TINY_CONFIG, kernel=kernel, joint=True, dtype='bfloat16', dropout=0.1)

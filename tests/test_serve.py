@@ -14,7 +14,10 @@ from tokenprune_jax.errors import UserError
 
 PYRAMID = {
   'name': 'chain',
-  'reducers': ({'name': 'threshold', 'threshold': 0.015}, {'name': 'early_exit', 'layers': (1, 2), 'threshold': 0.9}),
+  'reducers': (
+    {'name': 'threshold', 'threshold': 0.015},
+    {'name': 'early_exit', 'layers': (1, 2), 'threshold': 0.9},
+  ),
 }
 CONTROLS = {'threshold': 0.015, 'exit_threshold': 0.9}
 LADDER = serve.Ladder((4, 8, 16), batch_tokens=32)
@@ -164,7 +167,10 @@ def test_a_program_that_fails_fails_its_batch_alone(pyramid, monkeypatch):
     return program(index, bucket)
 
   monkeypatch.setattr(server.programs, 'program', failing)
-  short, long = server.submit([5, 6]), server.submit(np.arange(5, 20), {'threshold': 0.0, 'exit_threshold': 0.0})
+  short, long = (
+    server.submit([5, 6]),
+    server.submit(np.arange(5, 20), {'threshold': 0.0, 'exit_threshold': 0.0}),
+  )
   with pytest.raises(RuntimeError, match='out of memory'):
     short.result(60)
   assert long.result(60).layers == 4

@@ -215,6 +215,29 @@ def test_a_method_brings_objective_teacher_and_what_it_hands_on(method, tmp_path
     train.run(wanted, tmp_path / 'other')
 
 
+def test_exits_are_trained_on_frozen_states_and_capacities_found_on_validation(tmp_path):
+  pyramid = {
+    'name': 'chain',
+    'reducers': (
+      {'name': 'threshold', 'threshold': 0.01, 'overflow_rate': 0.2},
+      {'name': 'early_exit', 'layers': (1,), 'threshold': 0.98},
+    ),
+  }
+  wanted = config(reducer=pyramid)
+  wanted['stages'] = (
+    {'name': 'tune', 'epochs': 1},
+    {'name': 'exits', 'epochs': 1, 'init': 'tune', 'train': 'reducer/.*', 'objective': 'exits'},
+  )
+  outcome = train.run(wanted, tmp_path)
+  rows = [row for row in lines(tmp_path, 'train') if row['stage'] == 'exits']
+  assert rows[-1]['exit_loss'] < rows[0]['exit_loss']
+  capacities = outcome['stages']['exits']['fields']['threshold']['capacities']
+  assert len(capacities) == 2 and all(0 < share <= 1 for share in capacities)
+  exported = pretrained.load_exported(tmp_path / 'model')
+  assert tuple(exported.reducer_spec['reducers'][0]['capacities']) == tuple(capacities)
+  assert 0 < outcome['mac_ratio'] < 1
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(method, tmp_path):
   wanted = config(reducer=method, model__weights=ONE_LAYER)
   wanted['stages'] = ({'name': 'bad', 'objective': 'broken'},)

@@ -21,7 +21,12 @@ from tokenprune_jax.layers import ACTIVATIONS, Dense, Norm, joint
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
-PASSES = {'received': 1, 'entropy': 2, 'first_row': 0, 'weights': 0}  # sums over an attention map that evidence takes
+PASSES = {
+  'received': 1,
+  'entropy': 2,
+  'first_row': 0,
+  'weights': 0,
+}  # sums over an attention map that evidence takes
 CACHED_SLOTS = 1024  # on a CPU: a group's states, attention maps and hidden layer then stay in the cache
 
 
@@ -46,7 +51,9 @@ class EncoderConfig:
   attention_dropout: float = 0.1
   dtype: str = 'float32'  # of the matrix products; parameters, softmax and LayerNorm stay in float32
   kernel: str = 'plain'  # of attention; 'xla', 'cudnn': see `attention.fused`
-  joint: bool = False  # query, key and value in one product: faster where a matrix unit is hard to fill, slower on a CPU
+  joint: bool = (
+    False  # query, key and value in one product: faster where a matrix unit is hard to fill, slower on a CPU
+  )
   group_slots: int = -1  # that half a block works on at a time at inference; 0: on all; -1: see `group_rows`
 
   @property
@@ -106,7 +113,7 @@ class RelativeBias(nn.Module):
     position = (
       tokens.position if tokens.moved else tokens.position[:1]
     )  # unmoved positions are the same in every row
-    return attention.relative_bias(table, position, position)
+    return attention.relative_bias(table, position, position, tokens.length)
 
 
 class Rows(NamedTuple):
@@ -214,7 +221,9 @@ class Block(nn.Module):
     """The first half. Returns (tokens, evidence, overflow [b])."""
     rows = group_rows(self.config, tokens, train)
     if rows < tokens.x.shape[0]:
-      x, evidence, overflow = in_groups(lambda block, *given: block.mixed(*given, reads, train), self, tokens, bias, rows)
+      x, evidence, overflow = in_groups(
+        lambda block, *given: block.mixed(*given, reads, train), self, tokens, bias, rows
+      )
     else:
       x, evidence, overflow = self.mixed(tokens, bias, reads, train)
     return tokens.replace(x=x), evidence, overflow
@@ -222,7 +231,11 @@ class Block(nn.Module):
   def mixed(self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool) -> tuple[Array, Evidence, Array]:
     """`attend` on all examples at once: (x, evidence, overflow)."""
     rows = updated_rows(tokens, self.compact)
-    if self.config.joint and rows.place is None and stream.room(tokens.capacity.keys, tokens.x.shape[1]) is None:
+    if (
+      self.config.joint
+      and rows.place is None
+      and stream.room(tokens.capacity.keys, tokens.x.shape[1]) is None
+    ):
       query, key, value = (self.heads(x) for x in joint((self.query, self.key, self.value), tokens.x))
       seen, index, kept = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None], None, None
       overflow = jnp.zeros(tokens.x.shape[0], bool)
@@ -270,7 +283,9 @@ class Block(nn.Module):
     """The second half. Returns (tokens, overflow [b])."""
     rows = group_rows(self.config, tokens, train)
     if rows < tokens.x.shape[0]:
-      x, overflow = in_groups(lambda block, given, _: block.fed_forward(given, train), self, tokens, None, rows)
+      x, overflow = in_groups(
+        lambda block, given, _: block.fed_forward(given, train), self, tokens, None, rows
+      )
     else:
       x, overflow = self.fed_forward(tokens, train)
     return tokens.replace(x=x), overflow
@@ -382,7 +397,8 @@ def trace(
   nothing = {name: jnp.zeros(b) for name in ('keys', 'widest', 'key_rows', 'queries', 'rows', 'evidence')}
   nothing['kept'] = jnp.zeros((b, length))
   blocks = [
-    {**nothing, **counts.get(Half(l, True), {}), **counts.get(Half(l, False), {})} for l in range(1, depth + 1)
+    {**nothing, **counts.get(Half(l, True), {}), **counts.get(Half(l, False), {})}
+    for l in range(1, depth + 1)
   ]
   return Trace(
     **{name: jnp.stack([block[name] for block in blocks], axis=1) for name in nothing},

@@ -54,13 +54,15 @@ def evaluate(
   buckets: tuple[int, ...],
   pad_id: int,
   sharding: NamedSharding | None = None,
+  rerun: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Evaluates every example of `split` once. Returns (metrics, records), both ready for JSON.
 
   metrics: the task's scores and `loss` over the whole split; `keep_ratio_by_layer` (executed layers, weighted
   by real tokens) and its mean `keep_ratio`; `macs_per_example`, `dense_macs_per_example`, `mac_ratio`;
   `padding_share` of the slots; `overflow`, the number of examples that a capacity was too small for;
-  `examples`. records: one dict an example in the split's order (index, label, prediction, probabilities,
+  `examples`. rerun: whether those that overflowed are computed again, by the executor `mask`.
+  records: one dict an example in the split's order (index, label, prediction, probabilities,
   length, keep_ratio, macs).
 
   batch_size: rows of a global batch. sharding: of a batch over the mesh's data axis; None on one device. With
@@ -80,9 +82,21 @@ def evaluate(
   )
   # What comes back is small: nothing is fetched before the end, so that the device never waits for the host.
   results = jax.device_get([forward(params, place(batch, sharding)) for batch in plan.iterator(0)])
+  if rerun:
+    again = compiled(model.clone(executor='mask'), replicated)
+    for number in [i for i, result in enumerate(results) if result['overflow'].any()]:
+      fresh = jax.device_get(again(params, place(plan.batch(number), sharding)))
+      results[number] = replaced(results[number], fresh)
   rows = in_order(results)
   slots = sum(int(result['slots'].sum()) for result in results)
   return summary(rows, model, task, slots), records(rows, executed(model))
+
+
+def replaced(result: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """`result` with the rows that overflowed from `fresh`; they stay flagged."""
+  lost = result['overflow']
+  rows = {name: np.where(lost.reshape(-1, *[1] * (x.ndim - 1)), fresh[name], x) for name, x in result.items()}
+  return {**rows, 'overflow': lost}
 
 
 def place(batch: Batch, sharding: NamedSharding | None) -> Batch:

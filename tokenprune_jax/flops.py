@@ -28,8 +28,12 @@ class Convention(NamedTuple):
 
 CONVENTIONS = {
   'macs': Convention(1, attention=True, own=True, padded=False),
-  'ltp': Convention(2, attention=True, own=False, padded=False),  # arXiv 2107.00910; Magic Pyramid's figures agree
-  'lat': Convention(1, attention=True, own=False, padded=True),  # arXiv 2010.07003: a profile of one padded example
+  'ltp': Convention(
+    2, attention=True, own=False, padded=False
+  ),  # arXiv 2107.00910; Magic Pyramid's figures agree
+  'lat': Convention(
+    1, attention=True, own=False, padded=True
+  ),  # arXiv 2010.07003: a profile of one padded example
   'fastbert': Convention(2, attention=False, own=True, padded=True),  # arXiv 2004.02178: linear modules only
 }
 
@@ -90,7 +94,9 @@ def by_convention(
   counts = {column: getattr(trace, column) * stretch[:, None] for column in COUNTS}
   parts = block_parts(config, *counts.values())
   total = parts['projections'] + parts['feed_forward'] + (parts['attention'] if how.attention else 0)
-  own = trace.evidence.sum(-1) + sum(trace.overhead.values(), 0 * trace.slots) + head_macs(config, labels, head)
+  own = (
+    trace.evidence.sum(-1) + sum(trace.overhead.values(), 0 * trace.slots) + head_macs(config, labels, head)
+  )
   return how.factor * (total.sum(-1) + (own if how.own else 0))
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenprune_jax import data, models, pretrained, workdir
+from tokenprune_jax import data, evaluate, models, pretrained, serve, workdir
 from tokenprune_jax.data import files
 from tokenprune_jax.data.tokenise import text_problem
 from tokenprune_jax.errors import UserError
@@ -92,6 +92,7 @@ class Predictor:
     ).check()  # fmt: skip
     self.params = jax.device_put(exported.params)
     self.forward = jax.jit(functools.partial(forward, self.model))
+    self.masked = jax.jit(functools.partial(forward, self.model.clone(executor='mask')))
 
   def predict(self, texts: Sequence[Any], batch_size: int = 16) -> list[dict[str, Any]]:
     """One dict a text, in order: text, label, probabilities {label: p}, kept [{word, share}] and truncated.
@@ -102,6 +103,10 @@ class Predictor:
     pairs together.
     """
     return [reading.record() for reading in self.readings(texts, batch_size)]
+
+  def serve(self, **options: Any) -> serve.Server:
+    """A server of this model, for texts and pairs: `serve.Server`, whose other options may be given."""
+    return serve.Server(self.model, self.params, encode=self.encode, labels=self.labels, **options)
 
   def read(self, text: Text) -> Reading:
     """Everything about one text, for pictures."""
@@ -118,6 +123,8 @@ class Predictor:
     found: dict[int, Reading] = {}
     for batch in plan.iterator():
       result = jax.device_get(self.forward(self.params, batch))
+      if result['overflow'].any():  # a capacity was too small
+        result = evaluate.replaced(result, jax.device_get(self.masked(self.params, batch)))
       for row in np.flatnonzero(batch['weight']):
         example = int(batch['index'][row])
         found[example] = self.reading(texts[example], {name: values[row] for name, values in result.items()})
@@ -136,10 +143,10 @@ class Predictor:
 
 
 def forward(model: models.Classifier, params: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
-  """probabilities [b c], kept [b L n] and assignment [b n]."""
+  """probabilities [b c], kept [b L n], assignment [b n] and overflow [b]."""
   output = model.apply({'params': params}, batch)
-  probabilities = jax.nn.softmax(output.logits)
-  return {'probabilities': probabilities, 'kept': output.trace.kept, 'assignment': output.trace.assignment}
+  found = {name: getattr(output.trace, name) for name in ('kept', 'assignment', 'overflow')}
+  return {'probabilities': jax.nn.softmax(output.logits), **found}
 
 
 def checked(texts: Sequence[Any]) -> list[Text]:

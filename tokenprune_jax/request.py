@@ -11,8 +11,10 @@ from tokenprune_jax.errors import UserError
 
 
 class Answer(NamedTuple):
-  """logits [c]; layers: blocks that ran; macs, dense_macs: multiply-adds of it and of the plain encoder."""
+  """label: its name, or number; logits [c]; layers: blocks that ran; macs, dense_macs: multiply-adds, also of the plain
+  encoder."""
 
+  label: str | int
   logits: np.ndarray
   layers: int
   macs: float
@@ -20,9 +22,10 @@ class Answer(NamedTuple):
   truncated: int = 0  # tokens cut off a text that is too long
 
   @property
-  def label(self) -> int:
-    """The class of the largest logit."""
-    return int(self.logits.argmax())
+  def probabilities(self) -> np.ndarray:
+    """[c], of all classes."""
+    odds = np.exp(self.logits - self.logits.max())
+    return odds / odds.sum()
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,7 +82,9 @@ class Reader(NamedTuple):
     if not all(part.strip() for part in texts):
       raise UserError('the request holds an empty text; expected some words.')
     if self.encode is None:
-      raise UserError('the request is a text, and the server was made without a tokenizer; give it token ids.')
+      raise UserError(
+        'the request is a text, and the server was made without a tokenizer; give it token ids.'
+      )
     [(encoding, cut)] = self.encode([texts[0]], [texts[1]] if len(texts) == 2 else None)
     return self.checked(encoding.ids), np.array(encoding.type_ids, np.int32), cut
 
@@ -97,5 +102,7 @@ class Reader(NamedTuple):
       raise UserError(f'the request has {len(ids)} tokens; this server takes at most {self.longest}.')
     if ids.min() < 0 or ids.max() >= self.vocabulary:
       wrong = ids.min() if ids.min() < 0 else ids.max()
-      raise UserError(f'the request holds token id {wrong}; the model has the ids 0 to {self.vocabulary - 1}.')
+      raise UserError(
+        f'the request holds token id {wrong}; the model has the ids 0 to {self.vocabulary - 1}.'
+      )
     return ids.astype(np.int32)

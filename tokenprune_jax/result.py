@@ -29,6 +29,7 @@ def evaluated(session: Session, model: Classifier, params: Any, split: str) -> t
     buckets=session.buckets,
     pad_id=session.weights.config.pad_id,
     sharding=sharding.batch_sharding(session.mesh),
+    rerun=session.config['eval']['rerun'],
   )
 
 

@@ -43,7 +43,9 @@ class Bucket(NamedTuple):
   def capacity(self, added: int) -> Capacity:
     """The quarters in slots."""
     total = self.slots + added
-    return Capacity(*(None if share is None else -(-share * total // 4) for share in (self.keys, self.updated)))
+    return Capacity(
+      *(None if share is None else -(-share * total // 4) for share in (self.keys, self.updated))
+    )
 
 
 class Segment(NamedTuple):
@@ -99,7 +101,9 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
     return encoder.apply({'params': encoder_params(params)}, *arguments, method=method)
 
   if segment.first:
-    inputs = Inputs(given['ids'], given['mask'], given['types'], given['controls'], model.labels, model.config.depth)
+    inputs = Inputs(
+      given['ids'], given['mask'], given['types'], given['controls'], model.labels, model.config.depth
+    )
     tokens, memory = call('begin', inputs, False, length)
   else:
     tokens, memory = given
@@ -120,7 +124,9 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
     exited=exited,
     answer=answer,
     overhead=sum(overheads(memory).values(), jnp.zeros(b)),
-    counts=[{name: value for name, value in counts[half].items() if name != 'kept'} for half in segment.halves],
+    counts=[
+      {name: value for name, value in counts[half].items() if name != 'kept'} for half in segment.halves
+    ],
   )
   return (None if segment.last else State(sorted_stream(tokens), memory)), report
 
@@ -184,7 +190,9 @@ class Programs:
     names = self.used[index]
 
     def called(leaves, given):
-      return run(self.model, self.length, self.segments[index], unflatten_dict(dict(zip(names, leaves))), given)
+      return run(
+        self.model, self.length, self.segments[index], unflatten_dict(dict(zip(names, leaves))), given
+      )
 
     return called
 
@@ -192,7 +200,9 @@ class Programs:
     """What a segment takes in a bucket."""
     if index == 0:
       row = {'ids': jnp.int32, 'mask': bool, 'types': jnp.int32}
-      batch: dict[str, Any] = {k: jax.ShapeDtypeStruct((bucket.rows, bucket.slots), t) for k, t in row.items()}
+      batch: dict[str, Any] = {
+        k: jax.ShapeDtypeStruct((bucket.rows, bucket.slots), t) for k, t in row.items()
+      }
       names = self.controls
       return {**batch, 'controls': {k: jax.ShapeDtypeStruct((bucket.rows,), jnp.float32) for k in names}}
     return jax.eval_shape(functools.partial(room_for, bucket=bucket), self.result(index - 1))

@@ -27,7 +27,22 @@ from tokenprune_jax.models import Classifier
 from tokenprune_jax.request import Answer, Reader, Request
 from tokenprune_jax.segments import Bucket, Programs, Report, State
 
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # each at most 1.5 times the one before
+LENGTHS = (
+  16,
+  32,
+  48,
+  64,
+  96,
+  128,
+  160,
+  192,
+  224,
+  256,
+  320,
+  384,
+  448,
+  512,
+)  # close enough to waste little, few enough to compile
 BATCH_TOKENS = {'cpu': 512}  # slots of a full batch; on a CPU a larger one leaves the cache
 MANY_TOKENS = 16384  # on an accelerator
 QUARTERS = 4  # capacities of keys and rows in a bucket, where a slot may be updated and not seen
@@ -50,9 +65,13 @@ class Ladder:
     """The ladder for a model that reads at most `longest` tokens. Raises UserError where it is none."""
     rising = all(low < high for low, high in zip((0, *self.lengths), self.lengths))
     if not self.lengths or any(type(n) is not int for n in self.lengths) or not rising:
-      raise UserError(f'ladder.lengths is {self.lengths}; expected whole numbers above 0 in increasing order.')
+      raise UserError(
+        f'ladder.lengths is {self.lengths}; expected whole numbers above 0 in increasing order.'
+      )
     if self.batch_tokens < 0:
-      raise UserError(f'ladder.batch_tokens is {self.batch_tokens}; expected a number of slots, or 0 for the default.')
+      raise UserError(
+        f'ladder.batch_tokens is {self.batch_tokens}; expected a number of slots, or 0 for the default.'
+      )
     tokens = self.batch_tokens or BATCH_TOKENS.get(jax.default_backend(), MANY_TOKENS)
     below = tuple(n for n in self.lengths if n < longest)
     return Ladder((*below, longest) if self.lengths[-1] >= longest else below, tokens)
@@ -96,7 +115,7 @@ class Server:
 
   ladder: the shapes. queue: requests that may wait. encode: (texts, second texts or None) -> [(encoding, tokens cut off)],
   as `data.Encoder`; without it requests are token ids. controls: {name: default} of the method's controls that a request
-  may set. Raises UserError where the ladder is none.
+  may set. labels: names of the classes. Raises UserError where the ladder is none.
   """
 
   def __init__(
@@ -108,11 +127,13 @@ class Server:
     queue: int = 256,
     encode: Callable[..., Sequence[Any]] | None = None,
     controls: Mapping[str, float] | None = None,
+    labels: Sequence[str] = (),
   ):
     if queue < 1:
       raise UserError(f'queue is {queue}; it is how many requests may wait, 1 or more.')
     config, controls = model.config, dict(controls or {})
     self.model, self.queue, self.ladder = model, queue, (ladder or Ladder()).settled(config.max_length)
+    self.labels = tuple(labels)
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
     self.waiting: collections.deque[Request] = collections.deque()
@@ -212,7 +233,10 @@ class Server:
 
   def variants(self, slots: int) -> list[Bucket]:
     """The full buckets of a length."""
-    rows, shares = self.ladder.rows(slots), [None, *range(1, QUARTERS)] if self.model.reducer.separates() else [None]
+    rows, shares = (
+      self.ladder.rows(slots),
+      [None, *range(1, QUARTERS)] if self.model.reducer.separates() else [None],
+    )
     return [Bucket(rows, slots, keys, updated) for keys in shares for updated in shares]
 
   def precompile_moves(self, index: int, slots: int) -> None:
@@ -322,7 +346,7 @@ class Server:
     try:
       state, report = self.programs.program(*place)(given)
       self.started.append(Started(place.segment, requests, state, report))
-    except Exception as error:  # these requests are lost, the server is not
+    except Exception as error:  # noqa: BLE001 (these requests are lost and told so, the server is not)
       fail(requests, error)
 
   def settle(self, batch: Started) -> None:
@@ -339,7 +363,7 @@ class Server:
           going.setdefault(self.bucket(batch.segment, report, row), []).append(row)
       for bucket, rows in going.items():
         self.pour(Place(batch.segment + 1, bucket), batch, rows)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
       fail(batch.requests, error)
 
   def pour(self, place: Place, batch: Started, rows: Sequence[int]) -> None:
@@ -357,11 +381,15 @@ class Server:
       else:
         self.pools[place] = pool
 
-  def count(self, request: Request, halves: Sequence[Any], counts: Sequence[Mapping[str, np.ndarray]], row: int) -> None:
+  def count(
+    self, request: Request, halves: Sequence[Any], counts: Sequence[Mapping[str, np.ndarray]], row: int
+  ) -> None:
     """Adds what a segment computed for a row."""
     for half, columns in zip(halves, counts):
       own = {name: float(columns[name][row]) if name in columns else 0.0 for name in flops.COUNTS}
-      request.macs += flops.block_macs(self.model.config, **own) + float(columns.get('evidence', [0] * (row + 1))[row])
+      request.macs += flops.block_macs(self.model.config, **own) + float(
+        columns.get('evidence', [0] * (row + 1))[row]
+      )
       request.layers += half.attention
 
   def answer(self, request: Request, report: Report, row: int) -> None:
@@ -369,7 +397,11 @@ class Server:
     config, labels, head = self.model.config, self.model.labels, self.model.head
     macs = request.macs + float(report.overhead[row]) + flops.head_macs(config, labels, head)
     dense = flops.dense_macs(config, labels, head, len(request.ids))
-    request.future.set_result(Answer(report.answer[row], request.layers, macs, dense, request.truncated))
+    best = int(report.answer[row].argmax())
+    label = self.labels[best] if self.labels else best
+    request.future.set_result(
+      Answer(label, report.answer[row], request.layers, macs, dense, request.truncated)
+    )
 
 
 def crowded(requests: Sequence[Request], bucket: Bucket) -> bool:

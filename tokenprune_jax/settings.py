@@ -59,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     'batch_size': 32,
     'every': 0,  # steps; 0 = each epoch
     'timing': True,  # measure seconds per example beside dense at the end
+    'rerun': False,  # compute examples that a capacity was too small for again, by the executor 'mask'
   },
   'parallel': {
     'fsdp': 1,  # devices that parameters are spread over
@@ -84,7 +85,7 @@ STAGE: dict[str, Any] = {
 }
 
 # Keys that may differ when a run is continued: none of them changes what is learned.
-HARMLESS = ('predict', 'eval.batch_size', 'eval.timing', 'parallel.', 'checkpoint.')
+HARMLESS = ('predict', 'eval.batch_size', 'eval.timing', 'eval.rerun', 'parallel.', 'checkpoint.')
 
 Rule = tuple[Callable[[Any], bool], str]
 

@@ -5,10 +5,10 @@ A method brings its own in `reducers/NAME.py`, beside its module, as plain value
   OBJECTIVES = {'soft': soft, …}      soft(apply, params, batch, rng, teacher) -> (loss, {name: scalar})
   def finish(fields, validation)      -> {field: value}: calibrated capacities, …, for later stages and for use
 
-fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass (`models.Output`), with dropout and noise where rng is not
-None; an objective may call it several times. `teacher(batch)` is the forward pass of the stage's teacher,
-without gradient; None without a teacher. Losses and metrics are means over the batch's rows by
-`batch['weight']`.
+fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass
+(`models.Output`), with dropout and noise where rng is not None; an objective may call it several times.
+`teacher(batch)` is the forward pass of the stage's teacher, without gradient; None without a teacher. Losses
+and metrics are means over the batch's rows by `batch['weight']`.
 """
 
 import importlib

@@ -163,7 +163,10 @@ def slotwise(function: Callable[..., Array], *streams: Tokens) -> Tokens:
     return function(*fields, axis=fields[0].ndim - 1)
 
   first = streams[0]
-  plain = {name: mapped(*(getattr(s, name) for s in streams)) for name in ('x', 'updated', 'protected', 'position', 'size')}
+  plain = {
+    name: mapped(*(getattr(s, name) for s in streams))
+    for name in ('x', 'updated', 'protected', 'position', 'size')
+  }
   return first.replace(
     **plain,
     seen=mask(*(s.seen for s in streams)),

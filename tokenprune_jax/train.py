@@ -227,7 +227,9 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   recorder.close()
   checkpoints.close()
   outcome = Done(position.total, position.best_step, position.best_loss, spec, {})
-  outcome.fields = stages.finish(spec, lambda: validation(session, model, best_params(session, name, outcome)))
+  outcome.fields = stages.finish(
+    spec, lambda: validation(session, model, best_params(session, name, outcome))
+  )
   record = dataclasses.asdict(outcome)
   sharding.on_first(lambda: workdir.write_json(folder / 'stages' / f'{name}.json', record))
   return outcome

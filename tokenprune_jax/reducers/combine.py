@@ -128,7 +128,11 @@ class Method(Reducer):
     macs = count * width * (width + 2 * self.slots) + 3 * self.slots * width**2
     slot = (assignment.argmax(1) + 1) * (mask > 0)
     where = scatter_to_input(slot, tokens.position[:, :n], tokens.length) - 1
-    return only(combined, assignment.sum(-1), tokens.length), {**memory, 'macs_combine': macs, 'assignment': where}
+    return only(combined, assignment.sum(-1), tokens.length), {
+      **memory,
+      'macs_combine': macs,
+      'assignment': where,
+    }
 
 
 def append(tokens: Tokens, states: Float[Array, 'b m d']) -> Tokens:

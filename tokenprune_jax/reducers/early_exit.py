@@ -61,9 +61,13 @@ class Method(Reducer):
 
   def check(self, depth: int, heads: int) -> None:
     if self.threshold and not all(1 <= l < depth for l in self.layers):
-      raise UserError(f'reducer.layers is {self.layers}; an exit stands behind one of the layers 1 to {depth - 1}')
+      raise UserError(
+        f'reducer.layers is {self.layers}; an exit stands behind one of the layers 1 to {depth - 1}'
+      )
     if self.threshold < 0:
-      raise UserError(f'reducer.threshold is {self.threshold}; it is a share of the largest entropy, 0 or more')
+      raise UserError(
+        f'reducer.threshold is {self.threshold}; it is a share of the largest entropy, 0 or more'
+      )
 
   def setup(self):
     self.exit = {str(l): Exit() for l in self.layers}

@@ -119,7 +119,9 @@ class Method(Reducer):
   capacities: tuple[
     float, ...
   ] = ()  # per layer: share of the input's slots, where the rule does not fix the count
-  overflow_rate: float = 0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
+  overflow_rate: float = (
+    0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
+  )
   seed: int = 0  # of the rule `random`
 
   def check(self, depth: int, heads: int) -> None:
@@ -133,7 +135,9 @@ class Method(Reducer):
     if self.rule not in READINGS + SIMPLE:
       raise UserError(f'reducer.rule is {self.rule!r}; choose one of {", ".join(READINGS + SIMPLE)}')
     if not 0 <= self.overflow_rate < 1:
-      raise UserError(f'reducer.overflow_rate is {self.overflow_rate}; it is a share of examples, from 0 to below 1')
+      raise UserError(
+        f'reducer.overflow_rate is {self.overflow_rate}; it is a share of examples, from 0 to below 1'
+      )
     if self.capacities:
       check_shares('reducer.capacities', self.capacities, depth)
 

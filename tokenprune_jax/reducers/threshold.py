@@ -4,10 +4,10 @@
   tau_l = 128 threshold (l - 1) / L, so that layer 1 keeps all tokens
   kept  a_j >= tau_l; the others leave between attention and feed-forward, and never return
 
-LTP learns a threshold for each layer, as a later method will. Its code divides a_j by the padded length, 128 there: 128 stands
-in tau_l so that its thresholds carry over and a decision does not depend on padding. Reconstructed here: the first token is
-protected, which LTP does not do, so that no example is left empty; where combining replaces a block, l counts the blocks
-that run.
+LTP learns a threshold for each layer, as a later method will. Its code divides a_j by the padded length, 128 there: 128
+stands in tau_l so that its thresholds carry over and a decision does not depend on padding. Reconstructed here: the
+first token is protected, which LTP does not do, so that no example is left empty; where combining replaces a block, l
+counts the blocks that run.
 
 Control of a request: `threshold` [b], in place of the field.
 """
@@ -40,13 +40,19 @@ class Method(Reducer):
 
   threshold: float = 0.01  # of the last layer, in attention received per 128 tokens; 0: keep all
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that survivors are gathered into
-  overflow_rate: float = 0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
+  overflow_rate: float = (
+    0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
+  )
 
   def check(self, depth: int, heads: int) -> None:
     if not self.threshold >= 0:
-      raise UserError(f'reducer.threshold is {self.threshold}; it is the attention a token must receive, 0 or more')
+      raise UserError(
+        f'reducer.threshold is {self.threshold}; it is the attention a token must receive, 0 or more'
+      )
     if not 0 <= self.overflow_rate < 1:
-      raise UserError(f'reducer.overflow_rate is {self.overflow_rate}; it is a share of examples, from 0 to below 1')
+      raise UserError(
+        f'reducer.overflow_rate is {self.overflow_rate}; it is a share of examples, from 0 to below 1'
+      )
     if self.capacities:
       schedule.check_shares('reducer.capacities', self.capacities, depth)
 

@@ -35,9 +35,13 @@ class Method(Reducer):
   """Keeps a fixed number of tokens after each layer."""
 
   ratio: float = 0.9  # share of a layer's tokens that the next one gets
-  shares: tuple[float, ...] = ()  # by layer, share of the example's tokens that stay: takes the place of `ratio`
+  shares: tuple[
+    float, ...
+  ] = ()  # by layer, share of the example's tokens that stay: takes the place of `ratio`
   score: str = 'received'  # or 'cls'
-  leavers: str = 'gone'  # or 'frozen': still attended to, no longer updated; 'unseen': updated, not attended to
+  leavers: str = (
+    'gone'  # or 'frozen': still attended to, no longer updated; 'unseen': updated, not attended to
+  )
 
   def check(self, depth: int, heads: int) -> None:
     if not 0 < self.ratio <= 1:
@@ -45,7 +49,9 @@ class Method(Reducer):
     if self.shares:
       schedule.check_shares('reducer.shares', self.shares, depth)
       if any(low > high for high, low in zip(self.shares, self.shares[1:])):
-        raise UserError(f'reducer.shares is {self.shares}; a token that left never returns, so they cannot rise')
+        raise UserError(
+          f'reducer.shares is {self.shares}; a token that left never returns, so they cannot rise'
+        )
     for key, value, choices in (('score', self.score, SCORES), ('leavers', self.leavers, LEAVERS)):
       if value not in choices:
         raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
@@ -92,7 +98,9 @@ def leave(
   leavers: what the others become, one of LEAVERS. capacity: how many may stay; None: not known.
   """
   stay = jnp.pad(stay, ((0, 0), (0, tokens.added)), constant_values=True).astype(tokens.updated.dtype)
-  score = jnp.pad(score[:, : stay.shape[1] - tokens.added], ((0, 0), (0, tokens.added)), constant_values=jnp.inf)
+  score = jnp.pad(
+    score[:, : stay.shape[1] - tokens.added], ((0, 0), (0, tokens.added)), constant_values=jnp.inf
+  )
   seen = tokens.seen * (stay if tokens.seen.ndim == 2 else stay[:, None])
   room = None if capacity is None else capacity + tokens.added
   return {

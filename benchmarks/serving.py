@@ -1,0 +1,239 @@
+"""Serving real documents: the executor `serve` beside the strongest dense baselines, everything on the host included.
+
+    python benchmarks/serving.py [--model=base|minilm] [--datasets=bbc,imdb] [--documents=64] [--methods=…] [--repeats=3]
+                                 [--out=results/serve.json]
+
+Writes results/serve.json and .md. Documents come at their real lengths, cut to what the model reads. Dense baselines,
+in the same run and with the same attention: padded (batches of 8 as documents come, all as long as the longest),
+bucketed (sorted by length into the ladder's shapes), each on whole batches and on groups of rows that stay in the
+cache, and served. Thresholds are found by bisection on other documents, for half of dense's multiply-adds; exits read
+random classifiers, wide enough that some examples leave at every layer. This is about speed alone: what a setting costs
+in accuracy, studies of trained models tell.
+
+Then documents arrive one by one, at 95% of the rate at which they were served all at once: throughput and latency.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
+
+import jax
+import numpy as np
+
+from benchmarks import measure, report, speed
+from tokenprune_jax import data, evaluate, pretrained, serve, workdir
+from tokenprune_jax.models import Classifier, make_reducer
+
+WEIGHTS = {'base': 'mpnet-base', 'minilm': 'minilm-l6'}
+BATCH = 8
+TUNING = 8  # documents that thresholds are found on
+ARRIVALS = 0.95  # of the offline throughput
+
+
+def documents(dataset: str, weights: Any, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """(those to serve, those to find thresholds on), as token ids."""
+  length = weights.config.max_length
+  spec = {
+    'name': dataset,
+    'max_length': length,
+    'on_bad_row': 'skip',
+    'valid_limit': TUNING,
+    'test_limit': count,
+  }
+  splits = data.load({**spec, 'train_limit': 20}, weights.tokenizer, length, data.cache_dir(), seed=0).splits
+  order = np.random.default_rng(0).permutation(len(splits['test']))
+  return [splits['test'].ids(int(i)) for i in order], [
+    splits['valid'].ids(i) for i in range(len(splits['valid']))
+  ]
+
+
+def batch_of(rows: Sequence[np.ndarray], slots: int, count: int, pad: int) -> dict[str, np.ndarray]:
+  """Documents side by side, `count` rows of `slots`."""
+  ids, mask = np.full((count, slots), pad, np.int32), np.zeros((count, slots), bool)
+  for i, row in enumerate(rows):
+    ids[i, : len(row)], mask[i, : len(row)] = row, True
+  return {'ids': ids, 'mask': mask, 'types': np.zeros_like(ids)}
+
+
+class Batched:
+  """A compiled model over ready-made batches."""
+
+  def __init__(self, model: Classifier, params: Any, batches: Sequence[dict]):
+    self.params, self.batches = params, jax.device_put(list(batches))
+    self.program = jax.jit(functools.partial(evaluate.logits_only, model))
+    self.macs = 1.0
+    start = time.perf_counter()
+    self()
+    self.compile_seconds = time.perf_counter() - start
+
+  def __call__(self) -> None:
+    jax.block_until_ready([self.program(self.params, batch) for batch in self.batches])
+
+
+class Served:
+  """A server and the documents."""
+
+  def __init__(self, model: Classifier, params: Any, rows: Sequence[np.ndarray], controls: dict[str, float]):
+    self.rows, self.server = rows, serve.Server(model, params, controls=controls)
+    start = time.perf_counter()
+    self.programs = self.server.precompile()
+    self.compile_seconds = time.perf_counter() - start
+    answers = list(self.server.map(rows))
+    self.macs = sum(answer.macs for answer in answers) / sum(answer.dense_macs for answer in answers)
+
+  def __call__(self) -> None:
+    for _ in self.server.map(self.rows):
+      pass
+
+  def arriving(self, seconds_each: float) -> dict[str, float]:
+    """Documents one by one at a steady rate: {throughput, p50, p99} in documents a second and seconds."""
+    latency, futures, start = [], [], time.perf_counter()
+    for number, row in enumerate(self.rows):
+      due = start + number * seconds_each
+      time.sleep(max(0.0, due - time.perf_counter()))
+      future = self.server.submit(row, wait=True)
+      future.add_done_callback(lambda _, due=due: latency.append(time.perf_counter() - due))
+      futures.append(future)
+    for future in futures:
+      future.result()
+    seconds = time.perf_counter() - start
+    p50, p99 = np.quantile(latency, (0.5, 0.99)).tolist()
+    return {'throughput': len(self.rows) / seconds, 'p50': p50, 'p99': p99}
+
+
+def dense_batches(rows: Sequence[np.ndarray], ladder: serve.Ladder, pad: int) -> dict[str, list[dict]]:
+  """{padded, bucketed}: the documents in batches."""
+  longest = ladder.slots(max(map(len, rows)))
+  padded = [batch_of(rows[i : i + BATCH], longest, BATCH, pad) for i in range(0, len(rows), BATCH)]
+  bucketed = []
+  for slots in ladder.lengths:
+    members = [row for row in rows if ladder.slots(len(row)) == slots]
+    while members:  # the last batch of a bucket is as small as it can be
+      count = min(BATCH, 1 << (len(members).bit_length() - 1))
+      bucketed.append(batch_of(members[:count], slots, count, pad))
+      members = members[count:]
+  return {'padded': padded, 'bucketed': bucketed}
+
+
+def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Any], list[np.ndarray]]:
+  """What is timed, and the documents."""
+  weights = pretrained.load(
+    WEIGHTS[options.model], dropout=0.0, attention_dropout=0.0, dtype=options.dtype[0]
+  )
+  rows, tuning = documents(dataset, weights, options.documents)
+  ladder, pad = serve.Ladder().settled(weights.config.max_length), weights.config.pad_id
+  found: dict[str, Any] = {}
+
+  def made(spec: dict[str, Any], **changes: Any) -> tuple[Classifier, Any]:
+    model = Classifier(
+      dataclasses.replace(weights.config, **changes), make_reducer(spec), speed.LABELS
+    ).check()
+    return model, jax.device_put({**speed.random_params(model), 'encoder': weights.params['encoder']})
+
+  for shape, batches in dense_batches(rows, ladder, pad).items():
+    for way, slots in (('whole', 0), ('grouped', -1)):
+      found[f'dense_{shape}_{way}'] = Batched(*made({'name': 'none'}, group_slots=slots), batches)
+  found['dense_served'] = Served(*made({'name': 'none'}), rows, {})
+  wanted = speed.specs(weights.config.depth)
+  for name in options.methods or ('threshold', 'early_exit', 'topk'):
+    model, params = made(wanted[name][0])
+    controls = {}
+    if name in speed.CONTROLS:
+      control, low, high, rising = speed.CONTROLS[name]
+      batches = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
+      macs = lambda value, c=control, m=model, p=params, b=batches: speed.mean_macs(m, p, b, {c: value})  # noqa: E731
+      controls = {control: speed.bisected(control, macs, low, high, rising)}
+    found[name] = Served(model, params, rows, controls)
+    print(
+      f'{name}: {found[name].programs} programs in {found[name].compile_seconds:.0f} s, {controls}',
+      flush=True,
+    )
+  return found, rows
+
+
+def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
+  """The rows of one dataset."""
+  table, rows = programs(options, dataset)
+  load = measure.quiet(options.allow_load)
+  compiled = {
+    name: len(program.server.programs) for name, program in table.items() if isinstance(program, Served)
+  }
+  times = measure.in_turns(table, options.repeats)
+  best = min((name for name in table if name.startswith('dense')), key=lambda name: times[name]['seconds'])
+  dense, found = times[best]['seconds'], []
+  for name, program in table.items():
+    ratio = dense / times[name]['seconds']
+    row = {
+      'model': options.model, 'dataset': dataset, 'documents': len(rows), 'method': name, 'dtype': options.dtype[0],
+      'executor': 'serve' if isinstance(program, Served) else 'mask', **times[name], 'dense': best, 'dense_seconds': dense,
+      'mac_ratio': program.macs, 'time_ratio': ratio, 'efficiency': ratio * program.macs, 'load_of_others': load,
+      'compile_seconds': program.compile_seconds, 'programs': compiled.get(name), 'arriving': None,
+    }  # fmt: skip
+    if isinstance(program, Served):
+      offline = len(rows) / times[name]['seconds']
+      row['arriving'] = {'offline_throughput': offline, **program.arriving(1 / (ARRIVALS * offline))}
+      row['recompiled'] = len(program.server.programs) - compiled[name]
+      program.server.close()
+    found.append(row)
+    print(line(row), flush=True)
+  return found
+
+
+def line(row: dict[str, Any]) -> str:
+  """A row as it is printed."""
+  text = f'{row["dataset"]:<5} {row["method"]:<24} {row["seconds"]:7.2f} s  {row["time_ratio"]:5.2f} times the best dense at '
+  text += f'{row["mac_ratio"]:.2f} of its MACs: {row["efficiency"]:.2f}'
+  if row['arriving']:
+    one = row['arriving']
+    text += f'  arriving {one["throughput"] / one["offline_throughput"]:.2f}, p50 {one["p50"]:.2f} s, p99 {one["p99"]:.2f} s'
+  return text
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+  """The table."""
+  lines = [('documents', 'method', 's', 'MACs', 'times the best dense', 'removal efficiency', 'programs', 'compiling, s',
+            'one by one: throughput', 'p50, s', 'p99, s')]  # fmt: skip
+  for row in rows:
+    one = row['arriving'] or {}
+    share = f'{one["throughput"] / one["offline_throughput"]:.2f}' if one else '–'
+    lines.append((
+      f'{row["documents"]} {row["dataset"]}', row['method'], f'{row["seconds"]:.2f}', f'{row["mac_ratio"]:.2f}',
+      f'{row["time_ratio"]:.2f}', f'{row["efficiency"]:.2f}', f'{row["programs"] or "–"}', f'{row["compile_seconds"]:.0f}',
+      share, *(f'{one[key]:.2f}' if one else '–' for key in ('p50', 'p99')),
+    ))  # fmt: skip
+  return report.table(lines)
+
+
+def main() -> None:
+  """Measures, writes and prints."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--model', default='base', choices=tuple(WEIGHTS))
+  parser.add_argument('--datasets', type=speed.words, default=['bbc', 'imdb'])
+  parser.add_argument('--documents', type=int, default=64)
+  parser.add_argument('--methods', type=speed.words, default=[])
+  parser.add_argument('--dtype', type=speed.words, default=['float32'])
+  parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
+  parser.add_argument('--out', default='results/serve.json')
+  options = parser.parse_args()
+  rows: list[dict[str, Any]] = []
+  path = pathlib.Path(options.out)
+  command = shlex.join(['python', 'benchmarks/serving.py', *sys.argv[1:]])
+  for dataset in options.datasets:
+    rows += measured(options, dataset)
+    workdir.write_json(path, {**report.header(command), 'rows': rows})
+  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n')
+
+
+if __name__ == '__main__':
+  main()

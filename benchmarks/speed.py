@@ -1,0 +1,284 @@
+"""How fast each method is on full-length rows, beside the strongest dense baseline and torch, in turns in one process.
+
+    python benchmarks/speed.py [--model=base|minilm] [--methods=…] [--batch=1,8,32] [--length=128,512] [--dtype=float32]
+                               [--executor=…] [--repeats=5] [--out=results/speed.json]
+
+Writes results/speed.json and .md. Methods are set to about half of dense's multiply-adds. `dense` is the faster of the plain
+program and the one that works on groups of rows that stay in the cache; a method is compared with it. Methods whose
+counts depend on the data run under `serve`, everything on the host included, on random weights whose threshold is found by
+bisection: for real documents see benchmarks/serving.py. torch is `transformers` with the same weights, eager and SDPA;
+where it is not installed its columns are null.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
+
+import jax
+import numpy as np
+
+from benchmarks import measure, report
+from tokenprune_jax import evaluate, flops, serve, workdir
+from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.models import Classifier, make_reducer
+
+LABELS = 2
+CONFIGS = {
+  'base': EncoderConfig(dropout=0.0, attention_dropout=0.0),
+  'minilm': EncoderConfig(width=384, depth=6, hidden=1536, dropout=0.0, attention_dropout=0.0),
+}
+HALF = 0.5  # of dense's MACs, for methods with a threshold
+
+
+def schedule(depth: int) -> tuple[float, ...]:
+  """Shares of a top-k schedule that falls in a line, at about half of dense's MACs."""
+  return tuple(np.round(np.linspace(0.95, 0.05, depth), 3).tolist())
+
+
+def specs(depth: int) -> dict[str, tuple[dict[str, Any], str]]:
+  """method -> (reducer spec, executor)."""
+  late, early = (
+    {'name': 'combine', 'slots': 8, 'layer': at} for at in ({12: 11, 6: 5}[depth], {12: 7, 6: 4}[depth])
+  )
+  rank = {'name': 'fuzzy', 'ratio': 0.9, 'rule': 'rank'}
+  return {
+    'topk': ({'name': 'topk', 'shares': schedule(depth)}, 'compact'),
+    'topk_cls': ({'name': 'topk', 'shares': schedule(depth), 'score': 'cls'}, 'compact'),
+    'fuzzy_p': (rank, 'compact'),
+    'combine_late': (late, 'compact'),
+    'combine_early': (early, 'compact'),
+    'fuzzy_combine_early': ({'name': 'chain', 'reducers': (rank, early)}, 'compact'),
+    'threshold': ({'name': 'threshold'}, 'serve'),
+    'early_exit': ({'name': 'early_exit', 'layers': tuple(range(1, depth))}, 'serve'),
+  }
+
+
+def random_params(model: Classifier) -> Any:
+  """Random weights; exits are wide enough that their entropies differ from example to example."""
+  params = model.init_params(jax.random.key(0))
+  if 'reducer' in params:
+    params['reducer'] = jax.tree.map(lambda x: x * 50, params['reducer'])
+  return params
+
+
+def bisected(control: str, macs: Callable[[float], float], low: float, high: float, rising: bool) -> float:
+  """The value of a control at which `macs` is about HALF."""
+  for _ in range(8):
+    middle = (low + high) / 2
+    low, high = (middle, high) if (macs(middle) > HALF) != rising else (low, middle)
+  return (low + high) / 2
+
+
+def mean_macs(model: Classifier, params: Any, batches: Sequence[dict], controls: dict[str, float]) -> float:
+  """MACs of all rows as a share of dense's, under `mask`."""
+  run = masked_macs(model)
+  total = np.zeros(2)
+  for batch in batches:
+    given = {name: np.full(len(batch['ids']), value, np.float32) for name, value in controls.items()}
+    total += np.asarray(run(params, {**batch, 'controls': given}))
+  return float(total[0] / total[1])
+
+
+@functools.lru_cache
+def masked_macs(model: Classifier) -> Callable:
+  """(MACs, dense MACs) of a batch."""
+  model = model.clone(executor='mask')
+
+  def run(params, batch):
+    trace, real = model.apply({'params': params}, batch).trace, batch['mask'].any(-1)
+    ours = flops.trace_macs(model.config, model.labels, model.head, trace)
+    dense = flops.dense_macs(model.config, model.labels, model.head, batch['mask'].sum(-1))
+    return (ours * real).sum(), (dense * real).sum()
+
+  return jax.jit(run)
+
+
+CONTROLS = {  # method -> (its control, from, to, whether more of it costs more)
+  'threshold': ('threshold', 0.0, 0.05, False),
+  'early_exit': ('exit_threshold', 0.0, 1.0, False),
+}
+
+
+def rows_of(batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
+  """Full-length random rows."""
+  ids = np.random.default_rng(0).integers(5, vocabulary, (batch, length)).astype(np.int32)
+  return {'ids': ids, 'mask': np.ones_like(ids, bool), 'types': np.zeros_like(ids)}
+
+
+class Compiled:
+  """A jitted forward pass on one batch."""
+
+  def __init__(self, model: Classifier, params: Any, batch: dict):
+    self.params, self.batch = jax.device_put((params, batch))
+    start = time.perf_counter()
+    program = jax.jit(functools.partial(evaluate.logits_only, model)).lower(self.params, self.batch).compile()
+    self.compile_seconds, self.peak_bytes = time.perf_counter() - start, evaluate.compiled_bytes(program)
+    self.program, self.macs = program, mean_macs(model.clone(executor='compact'), params, [batch], {})
+
+  def __call__(self) -> None:
+    jax.block_until_ready(self.program(self.params, self.batch))
+
+
+class Served:
+  """The same rows through a server."""
+
+  peak_bytes = None
+
+  def __init__(self, name: str, model: Classifier, params: Any, batch: dict):
+    control, low, high, rising = CONTROLS[name]
+    self.macs_at = lambda value: mean_macs(model, params, [batch], {control: value})
+    value = bisected(control, self.macs_at, low, high, rising)
+    self.macs, self.requests = self.macs_at(value), list(batch['ids'])
+    self.server = serve.Server(model, params, controls={control: value})
+    start = time.perf_counter()
+    self()
+    self.compile_seconds = time.perf_counter() - start
+
+  def __call__(self) -> None:
+    for _ in self.server.map(self.requests):
+      pass
+
+
+def torch_programs(config: EncoderConfig, batch: dict, dtype: str) -> dict[str, Callable[[], None]]:
+  """`transformers` BERT of the same shape on the same rows, eager and SDPA; none where torch is not installed."""
+  if importlib.util.find_spec('torch') is None:
+    return {}
+  import torch
+  from transformers import BertConfig, BertModel
+
+  ids = torch.from_numpy(batch['ids']).long()
+  mask = torch.ones_like(ids)
+  shape = {'hidden_size': config.width, 'num_hidden_layers': config.depth, 'intermediate_size': config.hidden}
+
+  def program(attention):
+    peer = BertModel(BertConfig(**shape, attn_implementation=attention), add_pooling_layer=False)
+    peer = peer.eval().to(getattr(torch, dtype))
+
+    def run():
+      with torch.inference_mode():
+        peer(input_ids=ids, attention_mask=mask)
+
+    return run
+
+  return {f'torch_{attention}': program(attention) for attention in ('eager', 'sdpa')}
+
+
+def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> list[dict[str, Any]]:
+  """The rows of one shape."""
+  config = dataclasses.replace(CONFIGS[options.model], dtype=dtype)
+  given = rows_of(batch, length, config.vocab_size)
+  whole, grouped = (dataclasses.replace(config, group_slots=slots) for slots in (0, -1))
+  plain = make_reducer({'name': 'none'})
+  programs: dict[str, Any] = {}
+  for name, shape in (('dense_whole', whole), ('dense_grouped', grouped)):
+    model = Classifier(shape, plain, LABELS)
+    programs[name] = Compiled(model, random_params(model), given)
+  wanted = specs(config.depth)
+  for name, (spec, executor) in wanted.items():
+    if name in (options.methods or wanted) and executor in (options.executor or (executor,)):
+      model = Classifier(
+        config, make_reducer(spec), LABELS, executor=executor if executor == 'compact' else 'mask'
+      ).check()
+      params = random_params(model)
+      made = Compiled(model, params, given) if executor == 'compact' else Served(name, model, params, given)
+      programs[name] = made
+  programs |= torch_programs(config, given, dtype)
+  load = measure.quiet(options.allow_load)
+  times = measure.in_turns(programs, options.repeats)
+  dense = min(times['dense_whole']['seconds'], times['dense_grouped']['seconds'])
+  peers = {f'{peer}_seconds': times.get(peer, {}).get('seconds') for peer in ('torch_eager', 'torch_sdpa')}
+  found = []
+  for name, program in programs.items():
+    if name.startswith('torch'):
+      continue
+    ratio = dense / times[name]['seconds']
+    found.append({
+      'model': options.model, 'method': name, 'executor': wanted.get(name, ({}, 'mask'))[1], 'batch': batch, 'length': length,
+      'dtype': dtype, **times[name], 'dense_seconds': dense, **peers, 'mac_ratio': program.macs, 'time_ratio': ratio,
+      'efficiency': ratio * program.macs, 'compile_seconds': program.compile_seconds, 'peak_bytes': program.peak_bytes,
+      'load_of_others': load,
+    })  # fmt: skip
+    print(line(found[-1]), flush=True)
+    if isinstance(program, Served):
+      program.server.close()
+  return found
+
+
+def line(row: dict[str, Any]) -> str:
+  """A row as it is printed."""
+  return (f'{row["batch"]:>3} x {row["length"]:<4} {row["dtype"]:<9} {row["method"]:<20} {1000 * row["seconds"]:8.1f} ms  '
+          f'{row["time_ratio"]:5.2f} times dense at {row["mac_ratio"]:.2f} of its MACs: {row["efficiency"]:.2f}')  # fmt: skip
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+  """The table."""
+  lines = [('batch x length', 'dtype', 'method', 'executor', 'ms', 'MACs', 'times as fast as dense', 'removal efficiency',
+            'times torch SDPA')]  # fmt: skip
+  for row in rows:
+    torch = row['torch_sdpa_seconds']
+    lines.append((
+      f'{row["batch"]} x {row["length"]}', row['dtype'], row['method'], row['executor'], f'{1000 * row["seconds"]:.1f}',
+      f'{row["mac_ratio"]:.2f}', f'{row["time_ratio"]:.2f}', f'{row["efficiency"]:.2f}',
+      '–' if torch is None else f'{torch / row["seconds"]:.2f}',
+    ))  # fmt: skip
+  return report.table(lines)
+
+
+def arguments(text: str) -> argparse.Namespace:
+  """The command line, shared with benchmarks/serving.py; text: the help's."""
+  parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--model', default='base', choices=tuple(CONFIGS))
+  parser.add_argument('--methods', type=words, default=[])
+  parser.add_argument('--batch', type=numbers, default=[1, 8, 32])
+  parser.add_argument('--length', type=numbers, default=[128, 512])
+  parser.add_argument('--dtype', type=words, default=['float32'])
+  parser.add_argument('--executor', type=words, default=[])
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
+  parser.add_argument('--out', default='results/speed.json')
+  options = parser.parse_args()
+  unknown = [name for name in options.methods if name not in specs(CONFIGS[options.model].depth)]
+  if unknown:
+    parser.error(
+      f'--methods: there is no {unknown[0]!r}; choose from {", ".join(specs(CONFIGS[options.model].depth))}'
+    )
+  return options
+
+
+def words(text: str) -> list[str]:
+  """A comma-separated list."""
+  return text.split(',')
+
+
+def numbers(text: str) -> list[int]:
+  """A comma-separated list of whole numbers."""
+  return [int(word) for word in text.split(',')]
+
+
+def main() -> None:
+  """Measures, writes and prints."""
+  options = arguments(__doc__)
+  rows = []
+  path = pathlib.Path(options.out)
+  command = shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
+  for dtype in options.dtype:
+    for length in options.length:
+      for batch in options.batch:
+        rows += cell(options, batch, length, dtype)
+        workdir.write_json(path, {**report.header(command), 'rows': rows})  # what was measured is kept
+  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n')
+
+
+if __name__ == '__main__':
+  main()
