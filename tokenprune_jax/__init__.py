@@ -7,10 +7,12 @@ tokenprune_jax.load('runs/imdb').predict(['A fine film.'])
 import os
 
 
-def load(folder: str | os.PathLike):
-  """A `predict.Predictor` from a run's workdir or an exported model. Raises UserError where there is none."""
-  from tokenprune_jax import (
-    predict,
-  )  # not above: importing the package must not cost the seconds that jax takes
+def load(folder: str | os.PathLike, executor: str = 'mask'):
+  """A `predict.Predictor` from a run's workdir or an exported model. Raises UserError where there is none.
 
-  return predict.load(folder)
+  executor: 'mask', or 'compact', which removes tokens where counts or capacities are fixed.
+  """
+  # Not above: importing the package must not cost the seconds that jax takes.
+  from tokenprune_jax import predict
+
+  return predict.load(folder, executor)

@@ -4,7 +4,7 @@ weight = exp(score - max) * seen / (sum + eps), the maximum over seen keys and w
 removal, and a soft mask has a gradient. Shapes: b batch, h heads, q queries, k keys, e width of a head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,8 @@ def fused(
   query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
   mask = jnp.broadcast_to((seen > 0)[:, :, None, :], (*seen.shape[:2], query.shape[1], seen.shape[-1]))
   bias = None if bias is None else bias.astype(query.dtype)
-  mixed = jax.nn.dot_product_attention(query, key, value, bias, mask, implementation=kernel)
+  how: Any = kernel  # its type is a Literal
+  mixed = jax.nn.dot_product_attention(query, key, value, bias, mask, implementation=how)
   return mixed.swapaxes(1, 2).astype(jnp.float32)
 
 

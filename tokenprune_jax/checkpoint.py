@@ -7,10 +7,11 @@ not notice is a file whose bytes changed later: a sum over the bits of every ten
 and compared on reading.
 """
 
+import logging
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -125,13 +126,12 @@ class Checkpoints:
 
   def read(self, step: int, like: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """(state, '') or (None, what Orbax raised)."""
-    report = sys.unraisablehook
-    hush()
+    undo = hush()
     try:
       state = self.manager.load_checkpointables(step, {'state': dict(like)})['state']
     except DAMAGE as error:
       return None, type(error).__name__
-    sys.unraisablehook = report
+    undo()
     return state, ''
 
   def refuse_shapes(self, step: int, like: Mapping[str, Any]) -> None:
@@ -190,20 +190,32 @@ class Checkpoints:
     self.manager.close()
 
 
-def hush() -> None:
+def hush() -> Callable[[], None]:
   """Keeps what Orbax leaves behind where a read fails off the screen, now and later.
 
   Its reads of the other tensors go on, then find their event loop gone and report that to the
-  interpreter, from threads of their own and seconds later: tracebacks about a checkpoint that has long
-  been set aside.
+  interpreter and to asyncio's log, from threads of their own and seconds later: tracebacks about a checkpoint that has long
+  been set aside. Returns what ends it.
   """
-  report = sys.unraisablehook
+  report, log = sys.unraisablehook, logging.getLogger('asyncio')
+
+  def known(error: Any) -> bool:
+    return any(text in str(error) for text in ('Event loop is closed', 'reading array index'))
 
   def hook(unraisable: Any) -> None:
-    if not any(text in str(unraisable.exc_value) for text in ('Event loop is closed', 'reading array index')):
+    if not known(unraisable.exc_value):
       report(unraisable)
 
+  def keep(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and known(record.exc_info[1]))
+
+  def undo() -> None:
+    sys.unraisablehook = report
+    log.removeFilter(keep)
+
   sys.unraisablehook = hook
+  log.addFilter(keep)
+  return undo
 
 
 def bit_sums(state: Any) -> dict[str, int]:

@@ -113,7 +113,7 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
   answer = memory.get('prediction', jnp.zeros((b, model.labels)))
   if segment.last:
     head = Head(model.config, model.labels, model.head)
-    logits = head.apply({'params': params['head']}, read_out(tokens, model.readout), False)
+    logits: Any = head.apply({'params': params['head']}, read_out(tokens, model.readout), False)
     answer = jnp.where(exited[:, None], answer, logits)
   inputs = tokens.x.shape[1] - tokens.added
   seen = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None]

@@ -368,6 +368,7 @@ class Server:
 
   def pour(self, place: Place, batch: Started, rows: Sequence[int]) -> None:
     """Rows of a batch into the pool of their place."""
+    assert batch.state is not None  # only the last segment has none
     while rows:
       pool = self.pools.pop(place, None) or Pool(place, self.programs.room(*place), [])
       room = place.bucket.rows - len(pool.requests)
@@ -400,7 +401,7 @@ class Server:
     best = int(report.answer[row].argmax())
     label = self.labels[best] if self.labels else best
     request.future.set_result(
-      Answer(label, report.answer[row], request.layers, macs, dense, request.truncated)
+      Answer(label, np.asarray(report.answer[row]), request.layers, macs, dense, request.truncated)
     )
 
 
