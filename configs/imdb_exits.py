@@ -1,0 +1,34 @@
+"""Early exits on IMDB reviews: a dense fine-tune, then exits on its frozen states; with or without a threshold on attention.
+
+    python main.py --config=configs/imdb_exits.py --workdir=runs/imdb_exits
+
+Variants and weights after a colon: `:exits` (default), `:threshold` (tokens that receive too little attention leave, no exits) or
+`:pyramid` (both, in a chain), and `:exits,mpnet-base`. What a request saves depends on its content: serve such a model with
+`tokenprune_jax.load(workdir).serve()`. 1,500 reviews take 8 minutes on 2 cores.
+"""
+
+import ml_collections
+
+from configs import imdb_fuzzy
+from tokenprune_jax import settings
+from tokenprune_jax.errors import UserError
+
+THRESHOLD = {'name': 'threshold', 'threshold': 0.005, 'capacities': (), 'overflow_rate': 0.01}
+
+
+def get_config(argument: str = 'exits') -> ml_collections.ConfigDict:
+  """The config of 'variant' or 'variant,weights'."""
+  variant, _, weights = argument.partition(',')
+  weights = weights or 'minilm-l6'
+  config = imdb_fuzzy.get_config(f'dense,{weights}')
+  layers = tuple(range(1, imdb_fuzzy.DEPTH.get(weights, 12)))
+  exits = {'name': 'early_exit', 'layers': layers, 'threshold': 0.3, 'readout': 'mean'}
+  reducers = {'exits': exits, 'threshold': THRESHOLD, 'pyramid': {'name': 'chain', 'reducers': (THRESHOLD, exits)}}
+  if variant not in reducers:
+    raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(reducers)}')
+  tune = settings.stage(name='tune', epochs=2)
+  fit = settings.stage(name='exits', init='tune', train='reducer/.*', objective='exits', epochs=1)
+  with config.unlocked():
+    config.reducer = reducers[variant]
+    config.stages = (tune,) if variant == 'threshold' else (tune, fit)
+  return config
