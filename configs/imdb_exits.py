@@ -23,7 +23,11 @@ def get_config(argument: str = 'exits') -> ml_collections.ConfigDict:
   config = imdb_fuzzy.get_config(f'dense,{weights}')
   layers = tuple(range(1, imdb_fuzzy.DEPTH.get(weights, 12)))
   exits = {'name': 'early_exit', 'layers': layers, 'threshold': 0.3, 'readout': 'mean'}
-  reducers = {'exits': exits, 'threshold': THRESHOLD, 'pyramid': {'name': 'chain', 'reducers': (THRESHOLD, exits)}}
+  reducers = {
+    'exits': exits,
+    'threshold': THRESHOLD,
+    'pyramid': {'name': 'chain', 'reducers': (THRESHOLD, exits)},
+  }
   if variant not in reducers:
     raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(reducers)}')
   tune = settings.stage(name='tune', epochs=2)

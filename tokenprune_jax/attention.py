@@ -84,7 +84,8 @@ def over_queries(values: Float[Array, '*b h q k'], updated: Float[Array, '*b q']
   if q % 8:
     return jnp.einsum('...hqk,...q->...hk', values, updated)
   weighted = values * updated[..., None, :, None]
-  return weighted.reshape(*outer, q // 8, 8, k).sum(-2).sum(-2)
+  # The barrier keeps XLA from making one sum of the two again, which it computes column by column.
+  return jax.lax.optimization_barrier(weighted.reshape(*outer, q // 8, 8, k).sum(-2)).sum(-2)
 
 
 class Mixing(NamedTuple):
