@@ -2,9 +2,9 @@
 
     python main.py --config=configs/imdb_exits.py --workdir=runs/imdb_exits
 
-Variants and weights after a colon: `:exits` (default), `:threshold` (tokens that receive too little attention leave, no exits) or
-`:pyramid` (both, in a chain), and `:exits,mpnet-base`. What a request saves depends on its content: serve such a model with
-`tokenprune_jax.load(workdir).serve()`. 1,500 reviews take 8 minutes on 2 cores.
+Variants and weights after a colon: `:exits` (default), `:threshold` (tokens that receive too little attention leave, no
+exits) or `:pyramid` (both, in a chain), and `:exits,mpnet-base`. What a request saves depends on its content: serve such a
+model with `tokenprune_jax.load(workdir).serve()`.
 """
 
 import ml_collections

@@ -5,11 +5,9 @@ what every block computed. Shapes: b batch, n slots, h heads, d width, N input l
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
@@ -17,6 +15,7 @@ from jaxtyping import Array, Float
 from tokenprune_jax import attention
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.attention import Evidence
+from tokenprune_jax.grouping import group_rows, in_groups
 from tokenprune_jax.layers import ACTIVATIONS, Dense, Norm, joint
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
@@ -27,7 +26,6 @@ PASSES = {
   'first_row': 0,
   'weights': 0,
 }  # sums over an attention map that evidence takes
-CACHED_SLOTS = 1024  # on a CPU: a group's states, attention maps and hidden layer then stay in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,9 @@ class EncoderConfig:
   joint: bool = (
     False  # query, key and value in one product: faster where a matrix unit is hard to fill, slower on a CPU
   )
-  group_slots: int = -1  # that half a block works on at a time at inference; 0: on all; -1: see `group_rows`
+  group_slots: int = (
+    -1
+  )  # that half a block works on at a time at inference; 0: on all; -1: see `grouping.group_rows`
 
   @property
   def max_length(self) -> int:
@@ -144,37 +144,6 @@ def put_back(tokens: Tokens, rows: Rows, x: Float[Array, 'b q d']) -> Float[Arra
   return jnp.where(rows.kept[..., None], stream.spread(x, rows.kept), tokens.x)
 
 
-def group_rows(config: EncoderConfig, tokens: Tokens, train: bool) -> int:
-  """Examples that half a block works on at a time: a divisor of b.
-
-  By default as many as stay in the cache for inference on one CPU device, and all elsewhere: a gradient has to keep
-  everything anyway, and a batch that is spread over devices must not be walked through in order.
-  """
-  b, n = tokens.x.shape[:2]
-  limit = config.group_slots
-  if limit < 0:
-    limit = CACHED_SLOTS if jax.default_backend() == 'cpu' and jax.device_count() == 1 else 0
-  if train or not limit:
-    return b
-  return max((rows for rows in range(1, b + 1) if b % rows == 0 and rows * n <= limit), default=1)
-
-
-def in_groups(function: Callable, block: nn.Module, tokens: Tokens, bias, rows: int):
-  """function(block, tokens, bias) -> arrays with leading axis b, on `rows` examples at a time."""
-  b = tokens.x.shape[0]
-  shared = bias is None or bias.shape[0] == 1
-
-  def split(x):
-    return x.reshape(b // rows, rows, *x.shape[1:])
-
-  def body(block, carry, given):
-    return carry, function(block, given[0], bias if shared else given[1])
-
-  walk = nn.scan(body, variable_broadcast='params', split_rngs={'params': False})
-  _, found = walk(block, (), (jax.tree.map(split, tokens), None if shared else split(bias)))
-  return jax.tree.map(lambda x: x.reshape(b, *x.shape[2:]), found)
-
-
 def pick_bias(bias, queries: Array | None, keys: Array | None):
   """bias [#b h n n] at the query rows [b q] and key columns [b #h k] that were gathered."""
   if bias is None or (queries is None and keys is None):
@@ -219,7 +188,7 @@ class Block(nn.Module):
     self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool
   ) -> tuple[Tokens, Evidence, Array]:
     """The first half. Returns (tokens, evidence, overflow [b])."""
-    rows = group_rows(self.config, tokens, train)
+    rows = group_rows(self.config.group_slots, tokens.x.shape, train)
     if rows < tokens.x.shape[0]:
       x, evidence, overflow = in_groups(
         lambda block, *given: block.mixed(*given, reads, train), self, tokens, bias, rows
@@ -281,7 +250,7 @@ class Block(nn.Module):
 
   def feed_forward(self, tokens: Tokens, train: bool) -> tuple[Tokens, Array]:
     """The second half. Returns (tokens, overflow [b])."""
-    rows = group_rows(self.config, tokens, train)
+    rows = group_rows(self.config.group_slots, tokens.x.shape, train)
     if rows < tokens.x.shape[0]:
       x, overflow = in_groups(
         lambda block, given, _: block.fed_forward(given, train), self, tokens, None, rows

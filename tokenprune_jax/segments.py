@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder, overheads
+from tokenprune_jax.ladder import QUARTERS
 from tokenprune_jax.models import Classifier, Head
 from tokenprune_jax.reducer import Half, Inputs, Memory, read_out
 from tokenprune_jax.tokens import Capacity, Tokens
@@ -44,7 +45,7 @@ class Bucket(NamedTuple):
     """The quarters in slots."""
     total = self.slots + added
     return Capacity(
-      *(None if share is None else -(-share * total // 4) for share in (self.keys, self.updated))
+      *(None if share is None else -(-share * total // QUARTERS) for share in (self.keys, self.updated))
     )
 
 

@@ -13,7 +13,6 @@ that of the executor `mask`, whatever else is served beside it.
 import collections
 import concurrent.futures
 import dataclasses
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,66 +22,13 @@ import numpy as np
 
 from tokenprune_jax import flops
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.ladder import QUARTERS, Ladder, crowded, quarter
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.request import Answer, Reader, Request
 from tokenprune_jax.segments import Bucket, Programs, Report, State
 
-LENGTHS = (
-  16,
-  32,
-  48,
-  64,
-  96,
-  128,
-  160,
-  192,
-  224,
-  256,
-  320,
-  384,
-  448,
-  512,
-)  # close enough to waste little, few enough to compile
-BATCH_TOKENS = {'cpu': 512}  # slots of a full batch; on a CPU a larger one leaves the cache
-MANY_TOKENS = 16384  # on an accelerator
-QUARTERS = 4  # capacities of keys and rows in a bucket, where a slot may be updated and not seen
 STARTED = 2  # batches whose results were not read yet: the host works while the device does
 HELD = 32  # full batches that pools may hold before new requests have to wait
-
-
-@dataclasses.dataclass(frozen=True)
-class Ladder:
-  """The shapes that examples are grouped into.
-
-  lengths: of the input slots, increasing; the last one holds the longest request. batch_tokens: slots of a full batch
-  (0: by the backend). A batch has either one row or as many as fit.
-  """
-
-  lengths: tuple[int, ...] = LENGTHS
-  batch_tokens: int = 0
-
-  def settled(self, longest: int) -> 'Ladder':
-    """The ladder for a model that reads at most `longest` tokens. Raises UserError where it is none."""
-    rising = all(low < high for low, high in zip((0, *self.lengths), self.lengths))
-    if not self.lengths or any(type(n) is not int for n in self.lengths) or not rising:
-      raise UserError(
-        f'ladder.lengths is {self.lengths}; expected whole numbers above 0 in increasing order.'
-      )
-    if self.batch_tokens < 0:
-      raise UserError(
-        f'ladder.batch_tokens is {self.batch_tokens}; expected a number of slots, or 0 for the default.'
-      )
-    tokens = self.batch_tokens or BATCH_TOKENS.get(jax.default_backend(), MANY_TOKENS)
-    below = tuple(n for n in self.lengths if n < longest)
-    return Ladder((*below, longest) if self.lengths[-1] >= longest else below, tokens)
-
-  def slots(self, count: int) -> int:
-    """The smallest length that holds `count` tokens."""
-    return next(n for n in self.lengths if n >= count)
-
-  def rows(self, slots: int) -> int:
-    """Rows of a full batch."""
-    return max(1, self.batch_tokens // max(slots, self.lengths[0]))
 
 
 class Place(NamedTuple):
@@ -308,7 +254,7 @@ class Server:
     """Starts the first segment."""
     slots = self.ladder.slots(max(len(request.ids) for request in requests))
     bucket = Bucket(self.ladder.rows(slots), slots)
-    if crowded(requests, bucket):
+    if crowded(len(requests), bucket.rows):
       self.start(Place(0, bucket), self.batch(requests, bucket), requests)
       return
     for request in requests:
@@ -329,7 +275,7 @@ class Server:
 
   def run(self, pool: Pool) -> None:
     """Starts a pool's program; where most of its rows are empty, one row at a time."""
-    if crowded(pool.requests, pool.place.bucket):
+    if crowded(len(pool.requests), pool.place.bucket.rows):
       self.start(pool.place, pool.state, pool.requests)
       return
     for row, request in enumerate(pool.requests):
@@ -403,17 +349,6 @@ class Server:
     request.future.set_result(
       Answer(label, np.asarray(report.answer[row]), request.layers, macs, dense, request.truncated)
     )
-
-
-def crowded(requests: Sequence[Request], bucket: Bucket) -> bool:
-  """Whether a batch is cheaper than its rows one by one."""
-  return 2 * len(requests) > bucket.rows
-
-
-def quarter(count: int, total: int) -> int | None:
-  """The quarter of `total` slots that holds `count`, 1 to 3; None: no fewer than all of them."""
-  share = max(math.ceil(count * QUARTERS / total), 1)
-  return share if share < QUARTERS else None
 
 
 def fail(requests: Sequence[Request], error: Exception) -> None:

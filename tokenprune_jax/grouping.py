@@ -1,0 +1,41 @@
+"""Half a block on a few examples at a time, so that what it works on stays in the cache."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from tokenprune_jax.tokens import Tokens
+
+CACHED_SLOTS = 1024  # on a CPU: a group's states, attention maps and hidden layer then stay in the cache
+
+
+def group_rows(group_slots: int, shape: tuple[int, ...], train: bool) -> int:
+  """Examples that half a block works on at a time: a divisor of b.
+
+  By default as many as stay in the cache for inference on one CPU device, and all elsewhere: a gradient has to keep
+  everything anyway, and a batch that is spread over devices must not be walked through in order.
+  """
+  b, n = shape[:2]
+  limit = group_slots
+  if limit < 0:
+    limit = CACHED_SLOTS if jax.default_backend() == 'cpu' and jax.device_count() == 1 else 0
+  if train or not limit:
+    return b
+  return max((rows for rows in range(1, b + 1) if b % rows == 0 and rows * n <= limit), default=1)
+
+
+def in_groups(function: Callable, block: nn.Module, tokens: Tokens, bias, rows: int):
+  """function(block, tokens, bias) -> arrays with leading axis b, on `rows` examples at a time."""
+  b = tokens.x.shape[0]
+  shared = bias is None or bias.shape[0] == 1
+
+  def split(x):
+    return x.reshape(b // rows, rows, *x.shape[1:])
+
+  def body(block, carry, given):
+    return carry, function(block, given[0], bias if shared else given[1])
+
+  walk = nn.scan(body, variable_broadcast='params', split_rngs={'params': False})
+  _, found = walk(block, (), (jax.tree.map(split, tokens), None if shared else split(bias)))
+  return jax.tree.map(lambda x: x.reshape(b, *x.shape[2:]), found)
