@@ -176,6 +176,21 @@ def test_a_program_that_fails_fails_its_batch_alone(pyramid, monkeypatch):
   assert long.result(60).layers == 4
 
 
+def test_a_server_that_breaks_leaves_nobody_waiting(monkeypatch):
+  model, params = model_and_params({'name': 'none'})
+  server = serve.Server(model, params, ladder=LADDER)
+
+  def broken(whole):
+    raise RuntimeError('a defect')
+
+  monkeypatch.setattr(server, 'admit', broken)
+  with pytest.raises(RuntimeError, match='a defect'):
+    server.submit([5, 6]).result(60)
+  with pytest.raises(UserError, match='closed'):
+    server.submit([5])
+  server.close()
+
+
 def test_closing_answers_what_was_submitted():
   model, params = model_and_params({'name': 'none'})
   server = serve.Server(model, params, ladder=LADDER)

@@ -204,7 +204,18 @@ class Server:
 
   # ------------------------------------------------------------------------------------------------ The loop
   def loop(self) -> None:
-    """Runs until the server is closed and everything is answered."""
+    """Runs until the server is closed and everything is answered; should it fail, nobody waits for ever."""
+    try:
+      self.work()
+    except Exception as error:  # noqa: BLE001
+      with self.changed:
+        self.closed = True
+        pools: list[Pool | Started] = [*self.pools.values(), *self.full, *self.started]
+        fail([*self.waiting, *(request for pool in pools for request in pool.requests)], error)
+        self.changed.notify_all()
+
+  def work(self) -> None:
+    """The loop."""
     while True:
       with self.changed:
         self.changed.wait_for(lambda: self.closed or self.waiting or self.busy())
