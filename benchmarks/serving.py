@@ -80,35 +80,20 @@ class Batched:
     jax.block_until_ready([self.program(self.params, batch) for batch in self.batches])
 
 
-class Served:
-  """A server and the documents."""
-
-  def __init__(self, model: Classifier, params: Any, rows: Sequence[np.ndarray], controls: dict[str, float]):
-    self.rows, self.server = rows, serve.Server(model, params, controls=controls)
-    start = time.perf_counter()
-    self.programs = self.server.precompile()
-    self.compile_seconds = time.perf_counter() - start
-    answers = list(self.server.map(rows))
-    self.macs = sum(answer.macs for answer in answers) / sum(answer.dense_macs for answer in answers)
-
-  def __call__(self) -> None:
-    for _ in self.server.map(self.rows):
-      pass
-
-  def arriving(self, seconds_each: float) -> dict[str, float]:
-    """Documents one by one at a steady rate: {throughput, p50, p99} in documents a second and seconds."""
-    latency, futures, start = [], [], time.perf_counter()
-    for number, row in enumerate(self.rows):
-      due = start + number * seconds_each
-      time.sleep(max(0.0, due - time.perf_counter()))
-      future = self.server.submit(row, wait=True)
-      future.add_done_callback(lambda _, due=due: latency.append(time.perf_counter() - due))
-      futures.append(future)
-    for future in futures:
-      future.result()
-    seconds = time.perf_counter() - start
-    p50, p99 = np.quantile(latency, (0.5, 0.99)).tolist()
-    return {'throughput': len(self.rows) / seconds, 'p50': p50, 'p99': p99}
+def arriving(served: speed.Served, seconds_each: float) -> dict[str, float]:
+  """Documents one by one at a steady rate: {throughput, p50, p99} in documents a second and seconds."""
+  latency, futures, start = [], [], time.perf_counter()
+  for number, row in enumerate(served.rows):
+    due = start + number * seconds_each
+    time.sleep(max(0.0, due - time.perf_counter()))
+    future = served.server.submit(row, wait=True)
+    future.add_done_callback(lambda _, due=due: latency.append(time.perf_counter() - due))
+    futures.append(future)
+  for future in futures:
+    future.result()
+  seconds = time.perf_counter() - start
+  p50, p99 = np.quantile(latency, (0.5, 0.99)).tolist()
+  return {'throughput': len(served.rows) / seconds, 'p50': p50, 'p99': p99}
 
 
 def dense_batches(rows: Sequence[np.ndarray], ladder: serve.Ladder, pad: int) -> dict[str, list[dict]]:
@@ -143,19 +128,15 @@ def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Any],
   for shape, batches in dense_batches(rows, ladder, pad).items():
     for way, slots in (('whole', 0), ('grouped', -1)):
       found[f'dense_{shape}_{way}'] = Batched(*made({'name': 'none'}, group_slots=slots), batches)
-  found['dense_served'] = Served(*made({'name': 'none'}), rows, {})
+  found['dense_served'] = speed.Served(*made({'name': 'none'}), rows, {}, whole=True)
   wanted = speed.specs(weights.config.depth)
+  others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
   for name in options.methods or ('threshold', 'early_exit', 'topk'):
     model, params = made(wanted[name][0])
-    controls = {}
-    if name in speed.CONTROLS:
-      control, low, high, rising = speed.CONTROLS[name]
-      batches = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
-      macs = lambda value, c=control, m=model, p=params, b=batches: speed.mean_macs(m, p, b, {c: value})  # noqa: E731
-      controls = {control: speed.bisected(control, macs, low, high, rising)}
-    found[name] = Served(model, params, rows, controls)
+    controls = speed.controls_for(name, model, params, others)
+    found[name] = speed.Served(model, params, rows, controls, whole=True)
     print(
-      f'{name}: {found[name].programs} programs in {found[name].compile_seconds:.0f} s, {controls}',
+      f'{name}: {len(found[name].server.programs)} programs in {found[name].compile_seconds:.0f} s, {controls}',
       flush=True,
     )
   return found, rows
@@ -166,7 +147,7 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   table, rows = programs(options, dataset)
   load = measure.quiet(options.allow_load)
   compiled = {
-    name: len(program.server.programs) for name, program in table.items() if isinstance(program, Served)
+    name: len(program.server.programs) for name, program in table.items() if isinstance(program, speed.Served)
   }
   times = measure.in_turns(table, options.repeats)
   best = min((name for name in table if name.startswith('dense')), key=lambda name: times[name]['seconds'])
@@ -175,13 +156,14 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     ratio = dense / times[name]['seconds']
     row = {
       'model': options.model, 'dataset': dataset, 'documents': len(rows), 'method': name, 'dtype': options.dtype[0],
-      'executor': 'serve' if isinstance(program, Served) else 'mask', **times[name], 'dense': best, 'dense_seconds': dense,
+      'executor': 'serve' if isinstance(program, speed.Served) else 'mask', **times[name], 'dense': best,
+      'dense_seconds': dense,
       'mac_ratio': program.macs, 'time_ratio': ratio, 'efficiency': ratio * program.macs, 'load_of_others': load,
       'compile_seconds': program.compile_seconds, 'programs': compiled.get(name), 'arriving': None,
     }  # fmt: skip
-    if isinstance(program, Served):
+    if isinstance(program, speed.Served):
       offline = len(rows) / times[name]['seconds']
-      row['arriving'] = {'offline_throughput': offline, **program.arriving(1 / (ARRIVALS * offline))}
+      row['arriving'] = {'offline_throughput': offline, **arriving(program, 1 / (ARRIVALS * offline))}
       row['recompiled'] = len(program.server.programs) - compiled[name]
       program.server.close()
     found.append(row)
@@ -228,10 +210,12 @@ def main() -> None:
   options = parser.parse_args()
   rows: list[dict[str, Any]] = []
   path = pathlib.Path(options.out)
-  command = shlex.join(['python', 'benchmarks/serving.py', *sys.argv[1:]])
+  header = report.header(
+    shlex.join(['python', 'benchmarks/serving.py', *sys.argv[1:]])
+  )  # of what is running now
   for dataset in options.datasets:
     rows += measured(options, dataset)
-    workdir.write_json(path, {**report.header(command), 'rows': rows})
+    workdir.write_json(path, {**header, 'rows': rows})
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n')
 
 

@@ -6,8 +6,8 @@
 Writes results/speed.json and .md. Methods are set to about half of dense's multiply-adds. `dense` is the faster of the plain
 program and the one that works on groups of rows that stay in the cache; a method is compared with it. Methods whose
 counts depend on the data run under `serve`, everything on the host included, on random weights whose threshold is found by
-bisection: for real documents see benchmarks/serving.py. torch is `transformers` with the same weights, eager and SDPA;
-where it is not installed its columns are null.
+bisection: for real documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where
+it is not installed its columns are null.
 """
 
 import argparse
@@ -39,6 +39,10 @@ CONFIGS = {
   'minilm': EncoderConfig(width=384, depth=6, hidden=1536, dropout=0.0, attention_dropout=0.0),
 }
 HALF = 0.5  # of dense's MACs, for methods with a threshold
+CONTROLS = {
+  'threshold': ('threshold', 0.0, 0.05),
+  'early_exit': ('exit_threshold', 0.0, 1.0),
+}  # its control, from, to
 
 
 def schedule(depth: int) -> tuple[float, ...]:
@@ -72,12 +76,16 @@ def random_params(model: Classifier) -> Any:
   return params
 
 
-def bisected(control: str, macs: Callable[[float], float], low: float, high: float, rising: bool) -> float:
-  """The value of a control at which `macs` is about HALF."""
+def controls_for(name: str, model: Classifier, params: Any, batches: Sequence[dict]) -> dict[str, float]:
+  """The control at which a method costs about HALF on these batches, by bisection; none where it has none."""
+  if name not in CONTROLS:
+    return {}
+  control, low, high = CONTROLS[name]
   for _ in range(8):
     middle = (low + high) / 2
-    low, high = (middle, high) if (macs(middle) > HALF) != rising else (low, middle)
-  return (low + high) / 2
+    dear = mean_macs(model, params, batches, {control: middle}) > HALF
+    low, high = (middle, high) if dear else (low, middle)
+  return {control: (low + high) / 2}
 
 
 def mean_macs(model: Classifier, params: Any, batches: Sequence[dict], controls: dict[str, float]) -> float:
@@ -104,12 +112,6 @@ def masked_macs(model: Classifier) -> Callable:
   return jax.jit(run)
 
 
-CONTROLS = {  # method -> (its control, from, to, whether more of it costs more)
-  'threshold': ('threshold', 0.0, 0.05, False),
-  'early_exit': ('exit_threshold', 0.0, 1.0, False),
-}
-
-
 def rows_of(batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
   """Full-length random rows."""
   ids = np.random.default_rng(0).integers(5, vocabulary, (batch, length)).astype(np.int32)
@@ -124,29 +126,30 @@ class Compiled:
     start = time.perf_counter()
     program = jax.jit(functools.partial(evaluate.logits_only, model)).lower(self.params, self.batch).compile()
     self.compile_seconds, self.peak_bytes = time.perf_counter() - start, evaluate.compiled_bytes(program)
-    self.program, self.macs = program, mean_macs(model.clone(executor='compact'), params, [batch], {})
+    self.program, self.macs = program, mean_macs(model, params, [batch], {})
 
   def __call__(self) -> None:
     jax.block_until_ready(self.program(self.params, self.batch))
 
 
 class Served:
-  """The same rows through a server."""
+  """A server and the rows that it is given, all at once."""
 
   peak_bytes = None
 
-  def __init__(self, name: str, model: Classifier, params: Any, batch: dict):
-    control, low, high, rising = CONTROLS[name]
-    self.macs_at = lambda value: mean_macs(model, params, [batch], {control: value})
-    value = bisected(control, self.macs_at, low, high, rising)
-    self.macs, self.requests = self.macs_at(value), list(batch['ids'])
-    self.server = serve.Server(model, params, controls={control: value})
+  def __init__(
+    self, model: Classifier, params: Any, rows: Sequence[np.ndarray], controls: dict[str, float], whole: bool
+  ):
+    """whole: compile every program that a request can need, not only those of these rows."""
+    self.rows, self.server = rows, serve.Server(model, params, controls=controls)
     start = time.perf_counter()
-    self()
+    _ = self.server.precompile() if whole else self()
     self.compile_seconds = time.perf_counter() - start
+    answers = list(self.server.map(rows))
+    self.macs = sum(answer.macs for answer in answers) / sum(answer.dense_macs for answer in answers)
 
   def __call__(self) -> None:
-    for _ in self.server.map(self.requests):
+    for _ in self.server.map(self.rows):
       pass
 
 
@@ -191,8 +194,11 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
         config, make_reducer(spec), LABELS, executor=executor if executor == 'compact' else 'mask'
       ).check()
       params = random_params(model)
-      made = Compiled(model, params, given) if executor == 'compact' else Served(name, model, params, given)
-      programs[name] = made
+      if executor == 'compact':
+        programs[name] = Compiled(model, params, given)
+      else:
+        controls = controls_for(name, model, params, [given])
+        programs[name] = Served(model, params, list(given['ids']), controls, whole=False)
   programs |= torch_programs(config, given, dtype)
   load = measure.quiet(options.allow_load)
   times = measure.in_turns(programs, options.repeats)
@@ -235,9 +241,19 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
   return report.table(lines)
 
 
-def arguments(text: str) -> argparse.Namespace:
-  """The command line, shared with benchmarks/serving.py; text: the help's."""
-  parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+def words(text: str) -> list[str]:
+  """A comma-separated list."""
+  return text.split(',')
+
+
+def numbers(text: str) -> list[int]:
+  """A comma-separated list of whole numbers."""
+  return [int(word) for word in text.split(',')]
+
+
+def main() -> None:
+  """Measures, writes and prints."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--model', default='base', choices=tuple(CONFIGS))
   parser.add_argument('--methods', type=words, default=[])
   parser.add_argument('--batch', type=numbers, default=[1, 8, 32])
@@ -253,30 +269,15 @@ def arguments(text: str) -> argparse.Namespace:
     parser.error(
       f'--methods: there is no {unknown[0]!r}; choose from {", ".join(specs(CONFIGS[options.model].depth))}'
     )
-  return options
-
-
-def words(text: str) -> list[str]:
-  """A comma-separated list."""
-  return text.split(',')
-
-
-def numbers(text: str) -> list[int]:
-  """A comma-separated list of whole numbers."""
-  return [int(word) for word in text.split(',')]
-
-
-def main() -> None:
-  """Measures, writes and prints."""
-  options = arguments(__doc__)
-  rows = []
-  path = pathlib.Path(options.out)
-  command = shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
+  rows, path = [], pathlib.Path(options.out)
+  header = report.header(
+    shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
+  )  # of what is running now
   for dtype in options.dtype:
     for length in options.length:
       for batch in options.batch:
         rows += cell(options, batch, length, dtype)
-        workdir.write_json(path, {**report.header(command), 'rows': rows})  # what was measured is kept
+        workdir.write_json(path, {**header, 'rows': rows})  # what was measured is kept
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n')
 
 

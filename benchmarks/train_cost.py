@@ -10,6 +10,7 @@ MPNet-base, whose attention is trained, and documents kept aside tell how often 
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -118,22 +119,24 @@ def calibrated(length: int, documents: int = 24) -> tuple[tuple[float, ...], dic
   )
   model = Classifier(weights.config, make_reducer({**RANK, 'rule': 'protect'}), LABELS)
   params = {**model.init_params(jax.random.key(0)), 'encoder': weights.params['encoder']}
-  apply = jax.jit(lambda params, batch: model.apply({'params': params}, batch).trace.widest)
+  apply = functools.partial(jax.jit(stages.forward(model)), params)
 
-  def widest(split):
+  def batches(split):
     plan = data.batches(
       dataset.splits[split], batch_size=4, buckets=(length,), seed=0, epoch_shuffle=False, pad_id=1
     )
-    return np.concatenate([np.asarray(apply(params, b))[b['weight'] > 0] for b in plan.iterator(0)]) / length
+    return plan.iterator(0)
 
-  capacities = np.minimum(np.quantile(widest('valid'), 1 - OVERFLOW_RATE, axis=0, method='higher'), 1.0)
-  overflow = float((widest('test') > capacities + 1e-6).any(-1).mean())
+  validation = stages.Validation(apply, lambda: batches('valid'))
+  capacities = validation.capacities(lambda trace: trace.widest, OVERFLOW_RATE)
+  widest = np.concatenate([np.asarray(apply(b).trace.widest)[b['weight'] > 0] for b in batches('test')])
+  overflow = float((widest / length > np.array(capacities) + 1e-6).any(-1).mean())
   about = {
     'documents': documents,
     'overflow_rate_allowed_a_layer': OVERFLOW_RATE,
     'overflow_share_of_other_documents': overflow,
   }
-  return tuple(float(c) for c in capacities), {**about, 'capacities': capacities.tolist()}
+  return capacities, {**about, 'capacities': list(capacities)}
 
 
 def peak(variant: str, options) -> int:

@@ -1,7 +1,9 @@
 """NumPy loops that the tests compare the arrays with, and the small model that they share."""
 
 import functools
+import importlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,24 @@ def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
     model.init_params(jax.random.key(seed)),
   )
   return model, params
+
+
+def settings(name, which):
+  """A method's spec with its own settings TINY or NEUTRAL."""
+  return {'name': name, **getattr(importlib.import_module(f'tokenprune_jax.reducers.{name}'), which)}
+
+
+def dot_macs(hlo):
+  """Multiply-adds of all dots in an HLO text: elements of the result times the contracted sizes."""
+  shapes = {
+    m[1]: [int(d) for d in m[2].split(',') if d] for m in re.finditer(r'(\S+) = \w+\[([\d,]*)\]', hlo)
+  }
+  total = 0
+  for name, left, contracted in re.findall(
+    r'(\S+) = \S+ dot\(([^,\s)]+), .*?lhs_contracting_dims=\{([\d,]*)\}', hlo
+  ):
+    total += np.prod(shapes[name]) * np.prod([shapes[left][int(d)] for d in contracted.split(',')])
+  return float(total)
 
 
 def attention_loop(query, key, value, seen, bias=None):

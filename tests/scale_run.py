@@ -24,8 +24,7 @@ def main():
   jax.config.update('jax_num_cpu_devices', DEVICES)
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from tests.reference import TINY_CONFIG, model_and_params, ragged_batch
-  from tests.test_reducers import settings
+  from tests.reference import TINY_CONFIG, dot_macs, model_and_params, ragged_batch, settings
   from tokenprune_jax import optim, sharding, stages, tasks, train
 
   mesh = sharding.make_mesh(1)
@@ -57,23 +56,10 @@ def main():
       difference = max(float(np.abs(a - b).max() / max(1, np.abs(a).max())) for a, b in pairs)
       found[name][what] = {
         'difference': difference,
-        'work': products(together.as_text()) / products(alone.as_text()),
+        'work': dot_macs(together.as_text()) / dot_macs(alone.as_text()),
         'collectives': sorted(set(COLLECTIVE.findall(together.as_text()))),
       }
   print(json.dumps(found))
-
-
-def products(hlo):
-  """Elements that all matrix products of a compiled program give, times what each sums over."""
-  shapes = {
-    m[1]: [int(d) for d in m[2].split(',') if d] for m in re.finditer(r'(%\S+) = \w+\[([\d,]*)\]', hlo)
-  }
-  total = 0
-  for name, left, contracted in re.findall(
-    r'(%\S+) = \S+ dot\((%[^,\s)]+), .*?lhs_contracting_dims=\{([\d,]*)\}', hlo
-  ):
-    total += np.prod(shapes[name]) * np.prod([shapes[left][int(d)] for d in contracted.split(',')])
-  return float(total)
 
 
 if __name__ == '__main__':

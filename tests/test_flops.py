@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.reference import TINY_CONFIG, apply, model_and_params, ragged_batch
+from tests.reference import TINY_CONFIG, apply, dot_macs, model_and_params, ragged_batch
 from tokenprune_jax import flops
 from tokenprune_jax.encoder import EncoderConfig
 
@@ -67,18 +67,3 @@ def test_products_are_what_xla_counts():
     counted = jax.jit(lambda p, m=model, b=batch: apply(m, p, b).logits).lower(params).as_text(dialect='hlo')
     ours = flops.trace_macs(model.config, 3, 'linear', apply(model, params, batch).trace)[0]
     assert abs(dot_macs(counted) / float(ours) - 1) < 0.02
-
-
-def dot_macs(hlo):
-  """Multiply-adds of all dots in an HLO text: elements of the result times the contracted sizes."""
-  import re
-
-  shapes = {
-    m[1]: [int(d) for d in m[2].split(',') if d] for m in re.finditer(r'(\S+) = \w+\[([\d,]*)\]', hlo)
-  }
-  total = 0
-  for name, left, contracted in re.findall(
-    r'(\S+) = \S+ dot\((\S+), .*?lhs_contracting_dims=\{([\d,]*)\}', hlo
-  ):
-    total += np.prod(shapes[name]) * np.prod([shapes[left][int(d)] for d in contracted.split(',')])
-  return total

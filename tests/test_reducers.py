@@ -1,14 +1,13 @@
 """What holds for every method: the files of `reducers/` are found by listing the folder, and run with their own settings."""
 
 import dataclasses
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.reference import TINY_CONFIG, apply, model_and_params, ragged_batch
+from tests.reference import TINY_CONFIG, apply, model_and_params, ragged_batch, settings
 from tokenprune_jax import flops, segments, serve
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, make_reducer, method_names
@@ -24,10 +23,6 @@ FAMILIES = {
     TINY_CONFIG, family='mpnet', type_vocab=0, position_offset=2, relative_buckets=32, pad_id=1
   ),
 }
-
-
-def settings(name, which):
-  return {'name': name, **getattr(importlib.import_module(f'tokenprune_jax.reducers.{name}'), which)}
 
 
 def close(a, b, tolerance=1e-4):

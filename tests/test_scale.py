@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from tests.reference import TINY_CONFIG, ragged_batch
-from tests.test_reducers import METHODS, settings
+from tests.reference import TINY_CONFIG, ragged_batch, settings
 from tokenprune_jax import optim, stages, tasks, train
-from tokenprune_jax.models import Classifier, make_reducer
+from tokenprune_jax.models import Classifier, make_reducer, method_names
 
+METHODS = method_names()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -22,3 +22,11 @@ def check_shares(key: str, shares: Sequence[float], depth: int) -> None:
   """Raises UserError unless there is one share a layer, above 0 and at most 1."""
   if len(shares) != depth or not all(0 < share <= 1 for share in shares):
     raise UserError(f'{key} needs {depth} shares above 0 and at most 1, one a layer, got {tuple(shares)}')
+
+
+def check_capacities(capacities: Sequence[float], overflow_rate: float, depth: int) -> None:
+  """Raises UserError for a method's fields `capacities` and `overflow_rate`."""
+  if not 0 <= overflow_rate < 1:
+    raise UserError(f'reducer.overflow_rate is {overflow_rate}; it is a share of examples, from 0 to below 1')
+  if capacities:
+    check_shares('reducer.capacities', capacities, depth)

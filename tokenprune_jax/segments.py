@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int
 
+from tokenprune_jax import flops
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder, overheads
 from tokenprune_jax.ladder import QUARTERS
@@ -65,8 +66,8 @@ class Report(NamedTuple):
   updated: Array  # rows, added slots included
   exited: Array  # bool
   answer: Array
-  overhead: Array  # multiply-adds of the method itself, so far, all items
-  counts: list[dict[str, Array]]  # of each half: `Encoder.count`
+  macs: Array  # multiply-adds of the segment's blocks, evidence included
+  overhead: Array  # multiply-adds of the method itself, so far
 
 
 def cut(model: Classifier) -> tuple[Segment, ...]:
@@ -124,12 +125,16 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
     updated=(tokens.updated > 0).sum(-1),
     exited=exited,
     answer=answer,
+    macs=sum((half_macs(model, columns) for columns in counts.values()), jnp.zeros(b)),
     overhead=sum(overheads(memory).values(), jnp.zeros(b)),
-    counts=[
-      {name: value for name, value in counts[half].items() if name != 'kept'} for half in segment.halves
-    ],
   )
   return (None if segment.last else State(sorted_stream(tokens), memory)), report
+
+
+def half_macs(model: Classifier, columns: Mapping[str, Array]) -> Array:
+  """Multiply-adds [b] of half a block, from what `Encoder.count` says of it."""
+  block = flops.block_macs(model.config, *(columns.get(name, 0.0) for name in flops.COUNTS))
+  return block + columns.get('evidence', 0.0)
 
 
 def sorted_stream(tokens: Tokens) -> Tokens:
@@ -169,7 +174,7 @@ def room_for(source: State, bucket: Bucket) -> State:
 
 
 class Programs:
-  """The compiled programs of a model. All that `call` and `move` need is compiled at their first use, and kept."""
+  """The compiled programs of a model. All that `program` and `move` need is compiled at their first use, and kept."""
 
   def __init__(self, model: Classifier, params: Mapping[str, Any], length: int, controls: Sequence[str]):
     self.model, self.length, self.controls = model, length, tuple(controls)
@@ -180,7 +185,8 @@ class Programs:
     self.ready: dict[tuple[int, Bucket], Callable] = {}
     self.by_code: dict[str, Any] = {}
     self.moves: dict[Any, Any] = {}
-    self.empty: dict[Any, State] = {}
+    self.rooms: dict[tuple[int, Bucket], State] = {}
+    self.empty: dict[Any, State] = {}  # by shapes: segments share them
 
   def __len__(self) -> int:
     """Programs compiled so far."""
@@ -250,12 +256,14 @@ class Programs:
 
   def room(self, index: int, bucket: Bucket) -> State:
     """An empty State for segment `index`, in memory."""
-    shapes = self.shapes(index, bucket)
-    leaves, structure = jax.tree.flatten(shapes)
-    key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    if key not in self.empty:
-      self.empty[key] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return self.empty[key]
+    if (index, bucket) not in self.rooms:
+      shapes = self.shapes(index, bucket)
+      leaves, structure = jax.tree.flatten(shapes)
+      key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+      if key not in self.empty:
+        self.empty[key] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      self.rooms[index, bucket] = self.empty[key]
+    return self.rooms[index, bucket]
 
   def move(self, room: State, source: State, which) -> State:
     """`fill`, compiled."""

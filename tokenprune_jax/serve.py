@@ -311,9 +311,11 @@ class Server:
     try:
       report = jax.device_get(batch.report)
       segment = self.programs.segments[batch.segment]
+      blocks = sum(half.attention for half in segment.halves)
       going: dict[Bucket, list[int]] = {}
       for row, request in enumerate(batch.requests):
-        self.count(request, segment.halves, report.counts, row)
+        request.macs += float(report.macs[row])
+        request.layers += blocks
         if segment.last or report.exited[row]:
           self.answer(request, report, row)
         else:
@@ -338,17 +340,6 @@ class Server:
         self.full.append(pool)
       else:
         self.pools[place] = pool
-
-  def count(
-    self, request: Request, halves: Sequence[Any], counts: Sequence[Mapping[str, np.ndarray]], row: int
-  ) -> None:
-    """Adds what a segment computed for a row."""
-    for half, columns in zip(halves, counts):
-      own = {name: float(columns[name][row]) if name in columns else 0.0 for name in flops.COUNTS}
-      request.macs += flops.block_macs(self.model.config, **own) + float(
-        columns.get('evidence', [0] * (row + 1))[row]
-      )
-      request.layers += half.attention
 
   def answer(self, request: Request, report: Report, row: int) -> None:
     """Ends a request."""

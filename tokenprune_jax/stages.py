@@ -76,13 +76,13 @@ def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task
   return brought[stage['objective']]
 
 
-def finish(spec: Mapping[str, Any], validation: Callable[[], Validation]) -> dict[str, dict[str, Any]]:
-  """{reducer: fields} that the stage's reducers hand on; validation() loads the best parameters."""
+def finish(spec: Mapping[str, Any], validation: Validation) -> dict[str, dict[str, Any]]:
+  """{reducer: fields} that the stage's reducers hand on."""
   fields = {}
   for member in members(spec):
     end = getattr(module(member['name']), 'finish', None)
     if end is not None:
-      fields[member['name']] = end(member, validation())
+      fields[member['name']] = end(member, validation)
   return fields
 
 

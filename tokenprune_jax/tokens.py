@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
 VECTOR = 8  # a CPU's loops are slower where a length is no multiple of it
+LEAVERS = ('gone', 'frozen', 'unseen')  # still attended to and no longer updated: frozen; the reverse: unseen
 MANY = 64  # below so many slots a few more would cost more than that
 
 
@@ -173,6 +174,31 @@ def slotwise(function: Callable[..., Array], *streams: Tokens) -> Tokens:
     score=None if first.score is None else mask(*(s.score for s in streams)),
     carry=jax.tree.map(mapped, *(s.carry for s in streams)),
   )
+
+
+def leave(
+  tokens: Tokens,
+  stay: Bool[Array, 'b *h k'],
+  score: Float[Array, 'b *h k'],
+  leavers: str,
+  capacity: int | None,
+) -> Tokens:
+  """A decision in the stream. stay, score: of the k input slots; the added ones behind them stay, whatever the room.
+
+  leavers: what the others become, one of LEAVERS. With an axis of heads they can only be unseen. capacity: how many
+  input slots may stay; None: not known.
+  """
+  added = [(0, 0)] * (stay.ndim - 1) + [(0, tokens.added)]
+  stay = jnp.pad(stay, added, constant_values=True).astype(tokens.updated.dtype)
+  tokens = tokens.replace(score=jnp.pad(score, added, constant_values=jnp.inf))
+  room = None if capacity is None else capacity + tokens.added
+  if leavers != 'unseen':
+    tokens = tokens.replace(updated=tokens.updated * stay, capacity=tokens.capacity._replace(rows=room))
+  if leavers != 'frozen':
+    seen, ranks = tokens.seen, max(tokens.seen.ndim, stay.ndim)
+    seen, stay = (x[:, None] if x.ndim < ranks else x for x in (seen, stay))
+    tokens = tokens.replace(seen=seen * stay, capacity=tokens.capacity._replace(keys=room))
+  return tokens.replace(capacity=Capacity(slots=room)) if leavers == 'gone' else tokens
 
 
 def empty_rows(tokens: Tokens, left: Bool[Array, 'b']) -> Tokens:

@@ -227,9 +227,8 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   recorder.close()
   checkpoints.close()
   outcome = Done(position.total, position.best_step, position.best_loss, spec, {})
-  outcome.fields = stages.finish(
-    spec, lambda: validation(session, model, best_params(session, name, outcome))
-  )
+  best = functools.cache(functools.partial(best_params, session, name, outcome))
+  outcome.fields = stages.finish(spec, validation(session, model, best))
   record = dataclasses.asdict(outcome)
   sharding.on_first(lambda: workdir.write_json(folder / 'stages' / f'{name}.json', record))
   return outcome
@@ -323,12 +322,11 @@ def best_params(session: Session, name: str, stage: Done) -> Any:
       ) from damage
 
 
-def validation(session: Session, model: Classifier, params: Any) -> stages.Validation:
-  """The validation split, as a method's `finish` sees it."""
-  place = sharding.batch_sharding(session.mesh)
+def validation(session: Session, model: Classifier, params: Callable[[], Any]) -> stages.Validation:
+  """The validation split, as a method's `finish` sees it; params() is asked for at its first forward pass."""
+  place, forward = sharding.batch_sharding(session.mesh), jax.jit(stages.forward(model))
   plan = batches(session, 'valid', session.config['eval']['batch_size'])
-  forward = jax.jit(lambda params, batch: stages.forward(model)(params, batch))
   return stages.Validation(
-    functools.partial(forward, params),
+    lambda batch: forward(params(), batch),
     lambda: (sharding.global_batch(batch, place) for batch in plan.iterator(0)),
   )

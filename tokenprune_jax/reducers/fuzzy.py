@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
-from tokenprune_jax.schedule import check_shares, next_counts, places
-from tokenprune_jax.tokens import Capacity, Tokens, descending_rank
+from tokenprune_jax.schedule import check_capacities, next_counts, places
+from tokenprune_jax.tokens import Tokens, descending_rank, leave
 
 TINY: dict = {'ratio': 0.7, 'rule': 'protect'}
 NEUTRAL: dict = {'ratio': 1.0, 'rule': 'rank'}
@@ -95,19 +95,6 @@ def lottery(seeds: UInt32[Array, 'b'], layer: int, position: Int[Array, 'b n']) 
   return jax.vmap(draw)(seeds, position)
 
 
-def write(
-  tokens: Tokens, stay: Bool[Array, 'b h n'], scores: Float[Array, 'b h n'], capacity: Capacity
-) -> Tokens:
-  """The decision in the stream; added slots stay as they are and never leave for want of room."""
-  added = ((0, 0), (0, 0), (0, tokens.added))
-  seen = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None]
-  seen = seen * jnp.pad(stay, added, constant_values=True)
-  score = jnp.pad(scores, added, constant_values=jnp.inf)
-  if seen.shape[1] == 1:
-    seen, score = seen[:, 0], score[:, 0]
-  return tokens.replace(seen=seen, score=score, capacity=tokens.capacity._replace(keys=capacity.keys))
-
-
 class Method(Reducer):
   """Fuzzy token pruning, and simpler rules under the same schedule."""
 
@@ -134,12 +121,7 @@ class Method(Reducer):
         raise UserError(f'reducer.{name} is {getattr(self, name)}; an alpha-cut lies between 0 and 1')
     if self.rule not in READINGS + SIMPLE:
       raise UserError(f'reducer.rule is {self.rule!r}; choose one of {", ".join(READINGS + SIMPLE)}')
-    if not 0 <= self.overflow_rate < 1:
-      raise UserError(
-        f'reducer.overflow_rate is {self.overflow_rate}; it is a share of examples, from 0 to below 1'
-      )
-    if self.capacities:
-      check_shares('reducer.capacities', self.capacities, depth)
+    check_capacities(self.capacities, self.overflow_rate, depth)
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     fixed = self.rule in FIXED or self.ratio == 1
@@ -175,8 +157,10 @@ class Method(Reducer):
       self.rule, jnp.where(tokens.protected[:, None, :n], jnp.inf, scores), valid, core, counts, table
     )
     stay |= valid & tokens.protected[:, None, :n]
-    capacity = Capacity(keys=None if tokens.moved else self.capacity(layer, n, tokens.added))
-    return write(tokens, stay, scores, capacity), {**memory, 'fuzzy_count': counts}
+    if stay.shape[1] == 1:
+      stay, scores = stay[:, 0], scores[:, 0]
+    room = None if tokens.moved else self.capacity(layer, n)
+    return leave(tokens, stay, scores, 'unseen', room), {**memory, 'fuzzy_count': counts}
 
   def scores(self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int) -> Float[Array, 'b h n']:
     """What tokens are ranked by; h = 1 where all heads keep the same."""
@@ -188,11 +172,11 @@ class Method(Reducer):
     assert score is not None  # `reads` asked for it
     return score.mean(1, keepdims=True) if self.head_shared or self.rule in SIMPLE else score
 
-  def capacity(self, layer: int, n: int, added: int) -> int | None:
-    """Keys of one head in the next layer, combination tokens included; None where the rule does not say."""
+  def capacity(self, layer: int, n: int) -> int | None:
+    """Input keys of one head in the next layer; None where the rule does not say."""
     if self.rule in FIXED:
       count = n
       for _ in range(layer):
         count = next_counts(self.ratio, n)[count]
-      return count + added
-    return places(self.capacities[layer], n) + added if layer < len(self.capacities) else None
+      return count
+    return places(self.capacities[layer], n) if layer < len(self.capacities) else None

@@ -21,8 +21,7 @@ from tokenprune_jax import schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
-from tokenprune_jax.reducers.topk import leave
-from tokenprune_jax.tokens import Tokens
+from tokenprune_jax.tokens import Tokens, leave
 
 TINY: dict = {'threshold': 0.015}
 NEUTRAL: dict = {'threshold': 0.0}
@@ -49,12 +48,7 @@ class Method(Reducer):
       raise UserError(
         f'reducer.threshold is {self.threshold}; it is the attention a token must receive, 0 or more'
       )
-    if not 0 <= self.overflow_rate < 1:
-      raise UserError(
-        f'reducer.overflow_rate is {self.overflow_rate}; it is a share of examples, from 0 to below 1'
-      )
-    if self.capacities:
-      schedule.check_shares('reducer.capacities', self.capacities, depth)
+    schedule.check_capacities(self.capacities, self.overflow_rate, depth)
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, True) for l in range(2, depth + 1))
@@ -77,7 +71,7 @@ class Method(Reducer):
     if layer == 1 or n == 0:
       return tokens, memory
     assert evidence.received is not None  # `reads` asked for it
-    score = evidence.received.mean(axis=1)
-    stay = (tokens.updated[:, :n] > 0) & ((score[:, :n] >= now[:, None]) | tokens.protected[:, :n])
+    score = evidence.received.mean(axis=1)[:, :n]
+    stay = (tokens.updated[:, :n] > 0) & ((score >= now[:, None]) | tokens.protected[:, :n])
     room = schedule.places(self.capacities[layer - 1], tokens.length) if self.capacities else None
     return leave(tokens, stay, score, 'gone', room), memory

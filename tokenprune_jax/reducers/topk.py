@@ -15,12 +15,11 @@ from tokenprune_jax import schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
-from tokenprune_jax.tokens import Capacity, Tokens, descending_rank
+from tokenprune_jax.tokens import LEAVERS, Tokens, descending_rank, leave
 
 TINY: dict = {'shares': (0.8, 0.6, 0.6, 0.3)}
 NEUTRAL: dict = {'ratio': 1.0}
 SCORES = {'received': 'received', 'cls': 'first_row'}  # name -> the evidence it reads
-LEAVERS = ('gone', 'frozen', 'unseen')
 
 
 def best(
@@ -87,28 +86,4 @@ class Method(Reducer):
     left = (seen if self.leavers == 'unseen' else tokens.updated) > 0
     wanted = jnp.asarray(counts)[memory['topk_length']]
     stay = best(found[:, :n], left[:, :n], tokens.protected[:, :n], wanted)
-    return leave(tokens, stay, found, self.leavers, counts[tokens.length]), memory
-
-
-def leave(
-  tokens: Tokens, stay: Bool[Array, 'b k'], score: Float[Array, 'b n'], leavers: str, capacity: int | None
-) -> Tokens:
-  """The decision in the stream. stay: of the input slots; the added ones behind them always stay.
-
-  leavers: what the others become, one of LEAVERS. capacity: how many may stay; None: not known.
-  """
-  stay = jnp.pad(stay, ((0, 0), (0, tokens.added)), constant_values=True).astype(tokens.updated.dtype)
-  score = jnp.pad(
-    score[:, : stay.shape[1] - tokens.added], ((0, 0), (0, tokens.added)), constant_values=jnp.inf
-  )
-  seen = tokens.seen * (stay if tokens.seen.ndim == 2 else stay[:, None])
-  room = None if capacity is None else capacity + tokens.added
-  return {
-    'gone': lambda: tokens.replace(
-      seen=seen, updated=tokens.updated * stay, score=score, capacity=Capacity(slots=room)
-    ),
-    'frozen': lambda: tokens.replace(
-      updated=tokens.updated * stay, score=score, capacity=tokens.capacity._replace(rows=room)
-    ),
-    'unseen': lambda: tokens.replace(seen=seen, score=score, capacity=tokens.capacity._replace(keys=room)),
-  }[leavers]()
+    return leave(tokens, stay, found[:, :n], self.leavers, counts[tokens.length]), memory
