@@ -128,13 +128,13 @@ def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Any],
   for shape, batches in dense_batches(rows, ladder, pad).items():
     for way, slots in (('whole', 0), ('grouped', -1)):
       found[f'dense_{shape}_{way}'] = Batched(*made({'name': 'none'}, group_slots=slots), batches)
-  found['dense_served'] = speed.Served(*made({'name': 'none'}), rows, {}, whole=True)
+  found['dense_served'] = speed.Served(*made({'name': 'none'}), rows, {})
   wanted = speed.specs(weights.config.depth)
   others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
   for name in options.methods or ('threshold', 'early_exit', 'topk'):
     model, params = made(wanted[name][0])
     controls = speed.controls_for(name, model, params, others)
-    found[name] = speed.Served(model, params, rows, controls, whole=True)
+    found[name] = speed.Served(model, params, rows, controls)
     print(
       f'{name}: {len(found[name].server.programs)} programs in {found[name].compile_seconds:.0f} s, {controls}',
       flush=True,

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure, report
-from tokenprune_jax import evaluate, flops, serve, workdir
+from tokenprune_jax import evaluate, flops, ladder, serve, workdir
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
 
@@ -137,13 +137,13 @@ class Served:
 
   peak_bytes = None
 
-  def __init__(
-    self, model: Classifier, params: Any, rows: Sequence[np.ndarray], controls: dict[str, float], whole: bool
-  ):
-    """whole: compile every program that a request can need, not only those of these rows."""
-    self.rows, self.server = rows, serve.Server(model, params, controls=controls)
+  def __init__(self, model: Classifier, params: Any, rows: Sequence[np.ndarray], controls: dict[str, float]):
+    longest = max(map(len, rows))
+    lengths = (*(n for n in ladder.LENGTHS if n < longest), longest)
+    self.rows = rows
+    self.server = serve.Server(model, params, ladder=ladder.Ladder(lengths), controls=controls)
     start = time.perf_counter()
-    _ = self.server.precompile() if whole else self()
+    self.server.precompile()  # how rows come together differs from time to time: all that may be needed
     self.compile_seconds = time.perf_counter() - start
     answers = list(self.server.map(rows))
     self.macs = sum(answer.macs for answer in answers) / sum(answer.dense_macs for answer in answers)
@@ -198,7 +198,7 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
         programs[name] = Compiled(model, params, given)
       else:
         controls = controls_for(name, model, params, [given])
-        programs[name] = Served(model, params, list(given['ids']), controls, whole=False)
+        programs[name] = Served(model, params, list(given['ids']), controls)
   programs |= torch_programs(config, given, dtype)
   load = measure.quiet(options.allow_load)
   times = measure.in_turns(programs, options.repeats)
