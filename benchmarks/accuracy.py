@@ -38,7 +38,7 @@ def arguments(row: Row, runs: str) -> list[str]:
   dataset = DATASETS[row.dataset]
   # Time does not depend on the seed: one seed is enough.
   overrides = (*dataset.overrides, *row.overrides, f'seed={row.seed}', f'eval.timing={row.seed == 0}')
-  return [f'--config={dataset.config}:{row.variant}', f'--workdir={workdir_of(row, runs)}',
+  return [f'--config={row.config or dataset.config}:{row.variant}', f'--workdir={workdir_of(row, runs)}',
           *(f'--config.{override}' for override in overrides)]  # fmt: skip
 
 

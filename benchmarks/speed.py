@@ -112,6 +112,11 @@ def masked_macs(model: Classifier) -> Callable:
   return jax.jit(run)
 
 
+def with_config(model: Classifier, **changes: Any) -> Classifier:
+  """The model with other values in its encoder's config."""
+  return model.clone(config=dataclasses.replace(model.config, **changes))
+
+
 def rows_of(batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
   """Full-length random rows."""
   ids = np.random.default_rng(0).integers(5, vocabulary, (batch, length)).astype(np.int32)

@@ -11,6 +11,7 @@ class Row(NamedTuple):
   variant: str
   seed: int
   overrides: tuple[str, ...] = ()
+  config: str = ''  # the dataset's, where none is named
 
 
 class Paper(NamedTuple):

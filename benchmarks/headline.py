@@ -1,0 +1,302 @@
+"""The headline: accuracy and throughput of fixed counts on real test documents, beside the fastest dense and torch.
+
+    python benchmarks/headline.py [--datasets=bbc,imdb] [--documents=128] [--repeats=3] [--runs=DIR] [--no_timing]
+                                  [--out=results/headline.json]
+
+Fine-tuned MiniLM-L6 (seed 0), float32, documents at their real lengths up to the 512 tokens that the model reads.
+Curves: top-k (trained at one schedule, other schedules as settings at inference) and combining (one run a layer). The
+setting of the headline is the fastest one within half a point of dense on the validation split; the test split only
+reports. Dense is the fastest of five ways to run it, torch the faster of two. Goes on with the same command after any
+stop; makes the runs it needs. `--no_timing` computes the accuracies only, which other programs do not disturb.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
+
+import jax
+import numpy as np
+
+from benchmarks import accuracy, measure, report, serving, speed
+from benchmarks.selection_rules import TITLES
+from benchmarks.studies import DATASETS, Row
+from tokenprune_jax import data, evaluate, metrics, pretrained, serve, tasks, workdir
+from tokenprune_jax.models import Classifier, make_reducer
+
+ALLOWED_LOSS = 0.005  # on the validation split
+ENDS = ((1.0, 0.4), (0.95, 0.2), (0.95, 0.05), (0.8, 0.05), (0.65, 0.02), (0.5, 0.02))  # of top-k's shares
+COLOURS = {'dense': '#333840', 'topk': '#4477aa', 'combine': '#ee6677'}
+
+
+class Setting(NamedTuple):
+  """A point of a curve: a run, and what is changed of its reducer at inference."""
+
+  method: str
+  name: str
+  row: Row
+  spec: dict[str, Any]
+
+
+def settings(dataset: str, depth: int = 6) -> Iterator[Setting]:
+  """Dense, then the points of both curves."""
+  yield Setting('dense', 'dense', Row(dataset, 'dense', 'dense', 0), {'name': 'none'})
+  topk = Row(dataset, 'topk_half', 'half', 0, config=f'configs/{dataset}_topk.py')
+  for first, last in ENDS:
+    shares = tuple(np.round(np.linspace(first, last, depth), 3).tolist())
+    yield Setting('topk', f'top-k, {first:.0%} to {last:.0%}', topk, {'name': 'topk', 'shares': shares})
+  for layer, name in ((5, 'pfc_late'), (4, 'pfc_early'), (3, 'c_third')):
+    overrides = ('reducer.layer=3',) if name == 'c_third' else ()
+    row = Row(dataset, name, 'c_early' if overrides else name, 0, overrides)
+    yield Setting(
+      'combine', f'combining at layer {layer}', row, {'name': 'combine', 'slots': 8, 'layer': layer}
+    )
+
+
+class Documents(NamedTuple):
+  """A dataset at its real lengths."""
+
+  splits: dict[str, Any]
+  buckets: tuple[int, ...]
+
+
+def model_of(setting: Setting, runs: str) -> tuple[Classifier, Any, Any]:
+  """(model, parameters, tokenizer) of a setting; trains its run, or goes on with it, where it is not finished."""
+  folder = pathlib.Path(accuracy.workdir_of(setting.row, runs))
+  if not (folder / 'result.json').exists():
+    made = accuracy.run(setting.row, runs)
+    if not made['metrics']:
+      raise SystemExit(f'error: {setting.row.name} on {setting.row.dataset}: {made["reason"]}')
+  e = pretrained.load_exported(folder / 'model')
+  params = e.params
+  if setting.method == 'combine' and e.reducer_spec['name'] == 'chain':  # without the pruning beside it
+    params = {**params, 'reducer': params['reducer']['reducers_1']}
+  model = Classifier(
+    e.config, make_reducer(setting.spec), len(e.labels), e.readout, e.head, executor='compact'
+  )
+  return model.check(), jax.device_put(params), e.tokenizer
+
+
+def documents(dataset: str, runs: str, tokenizer: Any, longest: int) -> Documents:
+  """The splits that the runs were validated and tested on, not cut to what they were trained on."""
+  folder = pathlib.Path(accuracy.workdir_of(Row(dataset, 'dense', 'dense', 0), runs))
+  config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+  spec = {**config['data'], 'max_length': longest}
+  loaded = data.load(spec, tokenizer, longest, data.cache_dir(), seed=config['seed'])
+  return Documents(loaded.splits, serve.Ladder().settled(longest).lengths)
+
+
+def scored(setting: Setting, model: Classifier, params: Any, given: Documents) -> dict[str, Any]:
+  """Accuracy on both splits, and which test documents were right."""
+  found = {}
+  for split in ('valid', 'test'):
+    result, records = evaluate.evaluate(
+      model, params, given.splits[split], tasks.make('classify'), batch_size=8, buckets=given.buckets,
+      pad_id=model.config.pad_id,
+    )  # fmt: skip
+    found[split] = result['accuracy']
+  return {
+    'dataset': setting.row.dataset, 'method': setting.method, 'name': setting.name, 'reducer': setting.spec,
+    'run': accuracy.workdir_of(setting.row, 'runs'), 'valid': found['valid'], 'test': found['test'],
+    'mac_ratio': result['mac_ratio'], **report.correctness(records), 'commit': report.commit(),
+    'seed': setting.row.seed, 'seconds': None,
+  }  # fmt: skip
+
+
+def torch_ways(rows: Sequence[np.ndarray], batches: Sequence[dict], shape: Any) -> dict[str, Callable]:
+  """torch SDPA on the bucketed batches, and on one document after the other without any padding."""
+  if importlib.util.find_spec('torch') is None:
+    return {}
+  import torch
+  from transformers import BertConfig, BertModel
+
+  peer = BertModel(
+    BertConfig(hidden_size=shape.width, num_hidden_layers=shape.depth, num_attention_heads=shape.heads,
+               intermediate_size=shape.hidden, attn_implementation='sdpa'), add_pooling_layer=False,
+  ).eval()  # fmt: skip
+
+  def way(inputs):
+    tensors = [(torch.from_numpy(ids).long(), torch.from_numpy(mask)) for ids, mask in inputs]
+
+    def run():
+      with torch.inference_mode():
+        for ids, mask in tensors:
+          peer(input_ids=ids, attention_mask=mask)
+
+    return run
+
+  alone = [(row[None].astype(np.int64), np.ones((1, len(row)), bool)) for row in rows]
+  return {
+    'torch_bucketed': way([(batch['ids'], batch['mask']) for batch in batches]),
+    'torch_alone': way(alone),
+  }
+
+
+def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The rows of a dataset with what they take on `--documents` test documents."""
+  points = list(settings(dataset))
+  dense, params, tokenizer = model_of(points[0], options.runs)
+  given = documents(dataset, options.runs, tokenizer, dense.config.max_length)
+  test, pad = given.splits['test'], dense.config.pad_id
+  order = np.random.default_rng(0).permutation(len(test))[: options.documents]
+  rows = [test.ids(int(i)) for i in order]
+  shapes = serving.dense_batches(rows, serve.Ladder().settled(dense.config.max_length), pad)
+  programs: dict[str, Any] = {}
+  for shape, batches in shapes.items():
+    for way, slots in (('whole', 0), ('grouped', -1)):
+      model = speed.with_config(dense, group_slots=slots)
+      programs[f'dense_{shape}_{way}'] = serving.Batched(model, params, batches)
+  programs['dense_served'] = speed.Served(dense.clone(executor='mask'), params, rows, {})
+  for point in points[1:]:
+    model, params, _ = model_of(point, options.runs)
+    programs[point.name] = serving.Batched(model, params, shapes['bucketed'])
+  programs |= torch_ways(rows, shapes['bucketed'], dense.config)
+  load = measure.quiet(options.allow_load)
+  times = measure.in_turns(programs, options.repeats)
+  programs['dense_served'].server.close()
+  best = {
+    kind: min((name for name in times if name.startswith(kind)), key=lambda name: times[name]['seconds'], default=None)
+    for kind in ('dense', 'torch')
+  }  # fmt: skip
+  seconds = {kind: times[name]['seconds'] if name else None for kind, name in best.items()}
+  others = {name: times[name] for name in times if name.startswith(('dense', 'torch'))}
+  return [
+    {
+      **row, **(times[best['dense']] if row['method'] == 'dense' else times[row['name']]),
+      'documents': len(rows), 'dense': best['dense'], 'torch': best['torch'], 'dense_seconds': seconds['dense'],
+      'torch_seconds': seconds['torch'], 'load_of_others': load, 'ways': others if row['method'] == 'dense' else None,
+    }
+    for row in found
+  ]  # fmt: skip
+
+
+def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+  """The fastest setting that loses at most ALLOWED_LOSS on the validation split; None where none is that good."""
+  dense = next(row for row in rows if row['method'] == 'dense')
+  good = [row for row in rows[1:] if row['valid'] >= dense['valid'] - ALLOWED_LOSS - 1e-9]
+  return min(good, key=lambda row: row['seconds'] or row['mac_ratio'], default=None)
+
+
+def page(document: dict[str, Any]) -> str:
+  """results/headline.md."""
+  parts = [
+    '# Accuracy and throughput on real documents\n\nMiniLM-L6, float32, up to 512 tokens. Times are of the same test '
+    'documents, in turns; *chosen*: the fastest within half a point of dense on the validation split.\n'
+  ]
+  for dataset in dict.fromkeys(row['dataset'] for row in document['rows']):
+    rows = [row for row in document['rows'] if row['dataset'] == dataset]
+    parts.append(f'## {TITLES[dataset]}\n\n{table(rows)}\n![{TITLES[dataset]}](headline_{dataset}.png)\n')
+  return '\n'.join([*parts, report.origin(document)])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """One dataset."""
+  lines = [
+    ['', 'valid', 'test', 'test − dense [95%]', 'MACs', 'documents/s', 'times dense', 'times torch SDPA']
+  ]
+  chosen = headline(rows)
+  for row in rows:
+    gain = report.difference([row], rows[:1]) if row is not rows[0] else None
+    lines.append([
+      row['name'] + (' *chosen*' if row is chosen else ''), f'{100 * row["valid"]:.1f}', f'{100 * row["test"]:.1f}',
+      report.points(gain and gain._asdict()), f'{row["mac_ratio"]:.2f}', *throughput(row),
+    ])  # fmt: skip
+  return report.table(lines)
+
+
+def throughput(row: dict[str, Any]) -> tuple[str, str, str]:
+  """(documents a second, times dense, times torch), dashes for what was not measured."""
+  if not row['seconds']:
+    return '–', '–', '–'
+  torch = row['torch_seconds']
+  return (
+    f'{row["documents"] / row["seconds"]:.1f}', f'{row["dense_seconds"] / row["seconds"]:.2f}',
+    f'{torch / row["seconds"]:.2f}' if torch else '–',
+  )  # fmt: skip
+
+
+def plot(path: pathlib.Path, dataset: str, rows: Sequence[dict[str, Any]]) -> None:
+  """Test accuracy against throughput: a line a method; bars are 95% intervals of the difference to dense."""
+  drawing, axes = report.figure()
+  dense = rows[0]
+  place = dense['documents'] / dense['seconds'], 100 * dense['test']
+  axes.plot(*place, 'o', color=COLOURS['dense'], markersize=9, label='dense')
+  for method in ('topk', 'combine'):
+    points = sorted((row for row in rows if row['method'] == method), key=lambda row: -row['seconds'])
+    x = [row['documents'] / row['seconds'] for row in points]
+    y = np.array([100 * row['test'] for row in points])
+    gains: list[metrics.Difference | None] = [report.difference([row], [dense]) for row in points]
+    bars = np.array([[100 * (g.mean - g.low), 100 * (g.high - g.mean)] for g in gains if g]).T
+    axes.errorbar(x, y, yerr=bars, fmt='o-', color=COLOURS[method], elinewidth=1.2, capsize=3, label=method)
+  if dense['torch_seconds']:
+    axes.axvline(dense['documents'] / dense['torch_seconds'], color='#b8860b', label='torch SDPA, dense')
+  report.level(axes, 100 * dense['test'])
+  axes.set_xlim(left=0)
+  report.legend(axes)
+  report.titled(
+    axes, f'{TITLES[dataset]}: accuracy and throughput', 'Documents a second', 'Test accuracy in %'
+  )
+  drawing.savefig(path)
+
+
+def save(path: pathlib.Path, document: dict[str, Any]) -> None:
+  """The result file, and the table and plots beside it."""
+  workdir.write_json(path, document)
+  workdir.write_text(path.with_suffix('.md'), page(document))
+  for dataset in dict.fromkeys(row['dataset'] for row in document['rows']):
+    rows = [row for row in document['rows'] if row['dataset'] == dataset]
+    if all(row['seconds'] for row in rows):
+      plot(path.with_name(f'{path.stem}_{dataset}.png'), dataset, rows)
+
+
+def main() -> None:
+  """Accuracies that are missing, then the times."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--datasets', type=speed.words, default=['bbc', 'imdb'], help=f'of {", ".join(TITLES)}')
+  parser.add_argument('--documents', type=int, default=128, help='that are timed')
+  parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--runs', default='runs', help='folder of the workdirs')
+  parser.add_argument('--no_timing', action='store_true')
+  parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
+  parser.add_argument('--out', default='results/headline.json')
+  options = parser.parse_args()
+  unknown = [name for name in options.datasets if name not in TITLES or name not in DATASETS]
+  if unknown:
+    parser.error(f'--datasets: there is no {unknown[0]!r}; choose from {", ".join(TITLES)}')
+  path = pathlib.Path(options.out)
+  header = report.header(shlex.join(['python', 'benchmarks/headline.py', *sys.argv[1:]]))
+  known = {(row['dataset'], row['name']): row for row in report.read(path)['rows']}
+  rows: list[dict[str, Any]] = []
+  for dataset in options.datasets:
+    given, mine = None, []
+    for setting in settings(dataset):
+      row = known.get((dataset, setting.name))
+      if row is None:
+        model, params, tokenizer = model_of(setting, options.runs)
+        given = given or documents(dataset, options.runs, tokenizer, model.config.max_length)
+        row = scored(setting, model, params, given)
+        scores = f'valid {row["valid"]:.4f}, test {row["test"]:.4f}, MACs {row["mac_ratio"]:.2f}'
+        print(f'{dataset} {setting.name}: {scores}', flush=True)
+      mine.append(row)
+      known[dataset, setting.name] = row
+      workdir.write_json(path, {**header, 'rows': list(known.values())})
+    rows += mine
+  if not options.no_timing:
+    rows = [
+      row for dataset in options.datasets
+      for row in timed(options, dataset, [row for row in rows if row['dataset'] == dataset])
+    ]  # fmt: skip
+  save(path, {**header, 'rows': rows})
+  print(path.with_suffix('.md').read_text(encoding='utf-8'))
+
+
+if __name__ == '__main__':
+  main()
