@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks import accuracy, measure, report, serving, speed
 from benchmarks.selection_rules import TITLES
 from benchmarks.studies import DATASETS, Row
-from tokenprune_jax import data, evaluate, metrics, pretrained, serve, tasks, workdir
+from tokenprune_jax import data, evaluate, metrics, pretrained, serve, tasks, timing, workdir
 from tokenprune_jax.models import Classifier, make_reducer
 
 ALLOWED_LOSS = 0.005  # on the validation split
@@ -153,15 +153,15 @@ def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]
   for shape, batches in shapes.items():
     for way, slots in (('whole', 0), ('grouped', -1)):
       model = speed.with_config(dense, group_slots=slots)
-      programs[f'dense_{shape}_{way}'] = serving.Batched(model, params, batches)
-  programs['dense_served'] = speed.Served(dense.clone(executor='mask'), params, rows, {})
+      programs[f'dense_{shape}_{way}'] = timing.Forward(model, params, batches)
+  programs['dense_served'] = timing.Served(dense.clone(executor='mask'), params, rows)
   for point in points[1:]:
     model, params, _ = model_of(point, options.runs)
-    programs[point.name] = serving.Batched(model, params, shapes['bucketed'])
+    programs[point.name] = timing.Forward(model, params, shapes['bucketed'])
   programs |= torch_ways(rows, shapes['bucketed'], dense.config)
   load = measure.quiet(options.allow_load)
-  times = measure.in_turns(programs, options.repeats)
-  programs['dense_served'].server.close()
+  times = timing.in_turns(programs, options.repeats)
+  programs['dense_served'].close()
   best = {
     kind: min((name for name in times if name.startswith(kind)), key=lambda name: times[name]['seconds'], default=None)
     for kind in ('dense', 'torch')

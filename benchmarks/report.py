@@ -1,13 +1,14 @@
 """What studies leave in results/: NAME.json, and the table and plots NAME* that are made from it alone."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
 import platform
 import subprocess
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ COLOURS = {
   'dense': '#333840', 'p': '#b8860b', 'pf': '#4477aa', 'pf_complement': '#66ccee', 'c_late': '#aa3377',
   'pfc_late': '#228833', 'pfc_early': '#ee6677',
 }  # fmt: skip
+PALETTE = ('#4477aa', '#ee6677', '#228833', '#b8860b', '#66ccee', '#aa3377', '#333840', '#9aa0aa')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
 
 
 # ------------------------------------------------------------------------------------------------------- JSON
@@ -321,6 +324,28 @@ def plot_keep(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]])
   axes.set_ylim(0, 105)
   legend(axes)
   titled(axes, title, 'Layer that runs', 'Keys a head attends to, % of the tokens')
+  drawing.savefig(path)
+
+
+def plot_savings(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]], shape: Callable) -> None:
+  """Times as fast as dense against MACs: a colour a method, a marker a `shape(row)`; the line is the limit 1 / MACs."""
+  drawing, axes = figure()
+  rows = [row for row in rows if not row['method'].startswith('dense')]
+  methods, shapes = (list(dict.fromkeys(map(key, rows))) for key in (lambda row: row['method'], shape))
+  for row in rows:
+    colour, marker = (
+      PALETTE[methods.index(row['method']) % len(PALETTE)],
+      MARKERS[shapes.index(shape(row)) % len(MARKERS)],
+    )
+    axes.plot(row['mac_ratio'], row['time_ratio'], marker, color=colour, markersize=8)
+  for method, colour in zip(methods, itertools.cycle(PALETTE)):
+    axes.plot([], [], 's', color=colour, label=method)
+  for name, marker in zip(shapes, itertools.cycle(MARKERS)):
+    axes.plot([], [], marker, color='#555b66', label=name)
+  macs = np.linspace(min((row['mac_ratio'] for row in rows), default=0.5) * 0.95, 1, 50)
+  axes.plot(macs, 1 / macs, color='#333840', linewidth=1, linestyle=(0, (4, 3)), label='limit: 1 / MACs')
+  legend(axes)
+  titled(axes, title, 'Multiply-adds, share of dense', 'Times as fast as the fastest dense')
   drawing.savefig(path)
 
 

@@ -10,12 +10,12 @@ cache, and served. Thresholds are found by bisection on other documents, for hal
 random classifiers, wide enough that some examples leave at every layer. This is about speed alone: what a setting costs
 in accuracy, studies of trained models tell.
 
-Then documents arrive one by one, at 95% of the rate at which they were served all at once: throughput and latency.
+Then documents arrive one by one, at 95% of the rate at which they were served all at once: throughput and latency; and
+`--requests` of random lengths all at once, for which nothing may be compiled any more.
 """
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import shlex
 import sys
@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure, report, speed
-from tokenprune_jax import data, evaluate, pretrained, serve, workdir
+from tokenprune_jax import data, pretrained, serve, timing, workdir
 from tokenprune_jax.models import Classifier, make_reducer
 
 WEIGHTS = {'base': 'mpnet-base', 'minilm': 'minilm-l6'}
@@ -65,22 +65,7 @@ def batch_of(rows: Sequence[np.ndarray], slots: int, count: int, pad: int) -> di
   return {'ids': ids, 'mask': mask, 'types': np.zeros_like(ids)}
 
 
-class Batched:
-  """A compiled model over ready-made batches."""
-
-  def __init__(self, model: Classifier, params: Any, batches: Sequence[dict]):
-    self.params, self.batches = params, jax.device_put(list(batches))
-    self.program = jax.jit(functools.partial(evaluate.logits_only, model))
-    self.macs = 1.0
-    start = time.perf_counter()
-    self()
-    self.compile_seconds = time.perf_counter() - start
-
-  def __call__(self) -> None:
-    jax.block_until_ready([self.program(self.params, batch) for batch in self.batches])
-
-
-def arriving(served: speed.Served, seconds_each: float) -> dict[str, float]:
+def arriving(served: timing.Served, seconds_each: float) -> dict[str, float]:
   """Documents one by one at a steady rate: {throughput, p50, p99} in documents a second and seconds."""
   latency, futures, start = [], [], time.perf_counter()
   for number, row in enumerate(served.rows):
@@ -94,6 +79,20 @@ def arriving(served: speed.Served, seconds_each: float) -> dict[str, float]:
   seconds = time.perf_counter() - start
   p50, p99 = np.quantile(latency, (0.5, 0.99)).tolist()
   return {'throughput': len(served.rows) / seconds, 'p50': p50, 'p99': p99}
+
+
+def random_requests(served: timing.Served, count: int) -> dict[str, Any]:
+  """`count` requests of random lengths at once: {requests, seconds, recompiled}, the last of programs."""
+  random, before = np.random.default_rng(0), len(served.server.programs)
+  longest, vocabulary = served.server.ladder.lengths[-1], served.server.model.config.vocab_size
+  requests = [random.integers(5, vocabulary, random.integers(1, longest + 1)) for _ in range(count)]
+  start = time.perf_counter()
+  answered = len(list(served.server.map(requests)))
+  return {
+    'requests': answered,
+    'seconds': time.perf_counter() - start,
+    'recompiled': len(served.server.programs) - before,
+  }
 
 
 def dense_batches(rows: Sequence[np.ndarray], ladder: serve.Ladder, pad: int) -> dict[str, list[dict]]:
@@ -127,14 +126,14 @@ def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Any],
 
   for shape, batches in dense_batches(rows, ladder, pad).items():
     for way, slots in (('whole', 0), ('grouped', -1)):
-      found[f'dense_{shape}_{way}'] = Batched(*made({'name': 'none'}, group_slots=slots), batches)
-  found['dense_served'] = speed.Served(*made({'name': 'none'}), rows, {})
+      found[f'dense_{shape}_{way}'] = timing.Forward(*made({'name': 'none'}, group_slots=slots), batches)
+  found['dense_served'] = timing.Served(*made({'name': 'none'}), rows, {})
   wanted = speed.specs(weights.config.depth)
   others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
   for name in options.methods or ('threshold', 'early_exit', 'topk'):
     model, params = made(wanted[name][0])
     controls = speed.controls_for(name, model, params, others)
-    found[name] = speed.Served(model, params, rows, controls)
+    found[name] = timing.Served(model, params, rows, controls)
     print(
       f'{name}: {len(found[name].server.programs)} programs in {found[name].compile_seconds:.0f} s, {controls}',
       flush=True,
@@ -147,25 +146,29 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   table, rows = programs(options, dataset)
   load = measure.quiet(options.allow_load)
   compiled = {
-    name: len(program.server.programs) for name, program in table.items() if isinstance(program, speed.Served)
+    name: len(program.server.programs)
+    for name, program in table.items()
+    if isinstance(program, timing.Served)
   }
-  times = measure.in_turns(table, options.repeats)
+  times = timing.in_turns(table, options.repeats)
   best = min((name for name in table if name.startswith('dense')), key=lambda name: times[name]['seconds'])
   dense, found = times[best]['seconds'], []
   for name, program in table.items():
     ratio = dense / times[name]['seconds']
+    macs = program.macs if isinstance(program, timing.Served) else 1.0
     row = {
       'model': options.model, 'dataset': dataset, 'documents': len(rows), 'method': name, 'dtype': options.dtype[0],
-      'executor': 'serve' if isinstance(program, speed.Served) else 'mask', **times[name], 'dense': best,
+      'executor': 'serve' if isinstance(program, timing.Served) else 'mask', **times[name], 'dense': best,
       'dense_seconds': dense,
-      'mac_ratio': program.macs, 'time_ratio': ratio, 'efficiency': ratio * program.macs, 'load_of_others': load,
+      'mac_ratio': macs, 'time_ratio': ratio, 'efficiency': ratio * macs, 'load_of_others': load,
       'compile_seconds': program.compile_seconds, 'programs': compiled.get(name), 'arriving': None,
     }  # fmt: skip
-    if isinstance(program, speed.Served):
+    if isinstance(program, timing.Served):
       offline = len(rows) / times[name]['seconds']
       row['arriving'] = {'offline_throughput': offline, **arriving(program, 1 / (ARRIVALS * offline))}
       row['recompiled'] = len(program.server.programs) - compiled[name]
-      program.server.close()
+      row['random'] = random_requests(program, options.requests)
+      program.close()
     found.append(row)
     print(line(row), flush=True)
   return found
@@ -178,13 +181,14 @@ def line(row: dict[str, Any]) -> str:
   if row['arriving']:
     one = row['arriving']
     text += f'  arriving {one["throughput"] / one["offline_throughput"]:.2f}, p50 {one["p50"]:.2f} s, p99 {one["p99"]:.2f} s'
+    text += f'  {row["random"]["requests"]} of random lengths: {row["random"]["recompiled"]} recompiled'
   return text
 
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
   """The table."""
   lines = [('documents', 'method', 's', 'MACs', 'times the best dense', 'removal efficiency', 'programs', 'compiling, s',
-            'one by one: throughput', 'p50, s', 'p99, s')]  # fmt: skip
+            'one by one: throughput', 'p50, s', 'p99, s', 'recompiled')]  # fmt: skip
   for row in rows:
     one = row['arriving'] or {}
     share = f'{one["throughput"] / one["offline_throughput"]:.2f}' if one else '–'
@@ -192,6 +196,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
       f'{row["documents"]} {row["dataset"]}', row['method'], f'{row["seconds"]:.2f}', f'{row["mac_ratio"]:.2f}',
       f'{row["time_ratio"]:.2f}', f'{row["efficiency"]:.2f}', f'{row["programs"] or "–"}', f'{row["compile_seconds"]:.0f}',
       share, *(f'{one[key]:.2f}' if one else '–' for key in ('p50', 'p99')),
+      f'{row["recompiled"] + row["random"]["recompiled"]}' if one else '–',
     ))  # fmt: skip
   return report.table(lines)
 
@@ -203,6 +208,9 @@ def main() -> None:
   parser.add_argument('--datasets', type=speed.words, default=['bbc', 'imdb'])
   parser.add_argument('--documents', type=int, default=64)
   parser.add_argument('--methods', type=speed.words, default=[])
+  parser.add_argument(
+    '--requests', type=int, default=1000, help='of random lengths, after which compiled programs are counted'
+  )
   parser.add_argument('--dtype', type=speed.words, default=['float32'])
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
@@ -216,7 +224,9 @@ def main() -> None:
   for dataset in options.datasets:
     rows += measured(options, dataset)
     workdir.write_json(path, {**header, 'rows': rows})
-  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n')
+  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n{report.origin(header)}')
+  title = f'Real documents through serve, {WEIGHTS[options.model]}'
+  report.plot_savings(path.with_suffix('.png'), title, rows, lambda row: row['dataset'])
 
 
 if __name__ == '__main__':

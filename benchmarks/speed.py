@@ -17,7 +17,6 @@ import importlib.util
 import pathlib
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure, report
-from tokenprune_jax import evaluate, flops, ladder, serve, workdir
+from tokenprune_jax import flops, timing, workdir
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
 
@@ -123,41 +122,6 @@ def rows_of(batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
   return {'ids': ids, 'mask': np.ones_like(ids, bool), 'types': np.zeros_like(ids)}
 
 
-class Compiled:
-  """A jitted forward pass on one batch."""
-
-  def __init__(self, model: Classifier, params: Any, batch: dict):
-    self.params, self.batch = jax.device_put((params, batch))
-    start = time.perf_counter()
-    program = jax.jit(functools.partial(evaluate.logits_only, model)).lower(self.params, self.batch).compile()
-    self.compile_seconds, self.peak_bytes = time.perf_counter() - start, evaluate.compiled_bytes(program)
-    self.program, self.macs = program, mean_macs(model, params, [batch], {})
-
-  def __call__(self) -> None:
-    jax.block_until_ready(self.program(self.params, self.batch))
-
-
-class Served:
-  """A server and the rows that it is given, all at once."""
-
-  peak_bytes = None
-
-  def __init__(self, model: Classifier, params: Any, rows: Sequence[np.ndarray], controls: dict[str, float]):
-    longest = max(map(len, rows))
-    lengths = (*(n for n in ladder.LENGTHS if n < longest), longest)
-    self.rows = rows
-    self.server = serve.Server(model, params, ladder=ladder.Ladder(lengths), controls=controls)
-    start = time.perf_counter()
-    self.server.precompile()  # how rows come together differs from time to time: all that may be needed
-    self.compile_seconds = time.perf_counter() - start
-    answers = list(self.server.map(rows))
-    self.macs = sum(answer.macs for answer in answers) / sum(answer.dense_macs for answer in answers)
-
-  def __call__(self) -> None:
-    for _ in self.server.map(self.rows):
-      pass
-
-
 def torch_programs(config: EncoderConfig, batch: dict, dtype: str) -> dict[str, Callable[[], None]]:
   """`transformers` BERT of the same shape on the same rows, eager and SDPA; none where torch is not installed."""
   if importlib.util.find_spec('torch') is None:
@@ -189,9 +153,10 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
   whole, grouped = (dataclasses.replace(config, group_slots=slots) for slots in (0, -1))
   plain = make_reducer({'name': 'none'})
   programs: dict[str, Any] = {}
+  macs: dict[str, float] = {}
   for name, shape in (('dense_whole', whole), ('dense_grouped', grouped)):
     model = Classifier(shape, plain, LABELS)
-    programs[name] = Compiled(model, random_params(model), given)
+    programs[name], macs[name] = timing.Forward(model, random_params(model), [given]), 1.0
   wanted = specs(config.depth)
   for name, (spec, executor) in wanted.items():
     if name in (options.methods or wanted) and executor in (options.executor or (executor,)):
@@ -200,13 +165,15 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
       ).check()
       params = random_params(model)
       if executor == 'compact':
-        programs[name] = Compiled(model, params, given)
+        programs[name] = timing.Forward(model, params, [given])
+        macs[name] = mean_macs(model, params, [given], {})
       else:
         controls = controls_for(name, model, params, [given])
-        programs[name] = Served(model, params, list(given['ids']), controls)
+        programs[name] = timing.Served(model, params, list(given['ids']), controls)
+        macs[name] = programs[name].macs
   programs |= torch_programs(config, given, dtype)
   load = measure.quiet(options.allow_load)
-  times = measure.in_turns(programs, options.repeats)
+  times = timing.in_turns(programs, options.repeats)
   dense = min(times['dense_whole']['seconds'], times['dense_grouped']['seconds'])
   peers = {f'{peer}_seconds': times.get(peer, {}).get('seconds') for peer in ('torch_eager', 'torch_sdpa')}
   found = []
@@ -216,13 +183,13 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
     ratio = dense / times[name]['seconds']
     found.append({
       'model': options.model, 'method': name, 'executor': wanted.get(name, ({}, 'mask'))[1], 'batch': batch, 'length': length,
-      'dtype': dtype, **times[name], 'dense_seconds': dense, **peers, 'mac_ratio': program.macs, 'time_ratio': ratio,
-      'efficiency': ratio * program.macs, 'compile_seconds': program.compile_seconds, 'peak_bytes': program.peak_bytes,
+      'dtype': dtype, **times[name], 'dense_seconds': dense, **peers, 'mac_ratio': macs[name], 'time_ratio': ratio,
+      'efficiency': ratio * macs[name], 'compile_seconds': program.compile_seconds, 'peak_bytes': program.peak_bytes,
       'load_of_others': load,
     })  # fmt: skip
     print(line(found[-1]), flush=True)
-    if isinstance(program, Served):
-      program.server.close()
+    if isinstance(program, timing.Served):
+      program.close()
   return found
 
 
@@ -244,6 +211,24 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
       '–' if torch is None else f'{torch / row["seconds"]:.2f}',
     ))  # fmt: skip
   return report.table(lines)
+
+
+def break_even(rows: Sequence[dict[str, Any]]) -> str:
+  """The shortest length of batch 1 from which on a method is faster than dense, as a table."""
+  alone = [row for row in rows if row['batch'] == 1 and not row['method'].startswith('dense')]
+  if not alone:
+    return ''
+  lines = [('method', 'dtype', 'MACs', 'faster than dense at batch 1')]
+  for method, dtype in dict.fromkeys((row['method'], row['dtype']) for row in alone):
+    mine = sorted(
+      (row for row in alone if (row['method'], row['dtype']) == (method, dtype)),
+      key=lambda row: row['length'],
+    )
+    slow = [row['length'] for row in mine if row['time_ratio'] <= 1]
+    fast = [row['length'] for row in mine if row['length'] > max(slow, default=0)]
+    macs = f'{min(row["mac_ratio"] for row in mine):.2f} to {max(row["mac_ratio"] for row in mine):.2f}'
+    lines.append((method, dtype, macs, f'from {fast[0]} tokens' if fast else f'at none up to {slow[-1]}'))
+  return f'\n{report.table(lines)}'
 
 
 def words(text: str) -> list[str]:
@@ -283,7 +268,11 @@ def main() -> None:
       for batch in options.batch:
         rows += cell(options, batch, length, dtype)
         workdir.write_json(path, {**header, 'rows': rows})  # what was measured is kept
-  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n')
+  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}{break_even(rows)}\n{report.origin(header)}')
+  title = f'Speed on full rows, {options.model}'
+  report.plot_savings(
+    path.with_suffix('.png'), title, rows, lambda row: f'{row["batch"]} x {row["length"]} {row["dtype"]}'
+  )
 
 
 if __name__ == '__main__':

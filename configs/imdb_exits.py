@@ -3,8 +3,8 @@
     python main.py --config=configs/imdb_exits.py --workdir=runs/imdb_exits
 
 Variants and weights after a colon: `:exits` (default), `:threshold` (tokens that receive too little attention leave, no
-exits) or `:pyramid` (both, in a chain), and `:exits,mpnet-base`. What a request saves depends on its content: serve such a
-model with `tokenprune_jax.load(workdir).serve()`.
+exits) or `:pyramid` (both, in a chain), and `:exits,mpnet-base`. What a request saves depends on its content: such a model
+is timed as `tokenprune_jax.load(workdir).serve()` runs it.
 """
 
 import ml_collections
@@ -34,5 +34,6 @@ def get_config(argument: str = 'exits') -> ml_collections.ConfigDict:
   fit = settings.stage(name='exits', init='tune', train='reducer/.*', objective='exits', epochs=1)
   with config.unlocked():
     config.reducer = reducers[variant]
+    config.model.executor = 'serve'
     config.stages = (tune,) if variant == 'threshold' else (tune, fit)
   return config

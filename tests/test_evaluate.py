@@ -157,44 +157,6 @@ print('same on', jax.device_count())
   assert done.stdout.strip() == 'same on 4', done.stderr[-2000:]
 
 
-def test_timing_of_two_models_in_turns(monkeypatch):
-  dense, params, split = make_model({'name': 'none'})
-  pruned = make_model(CHAIN)
-  batches = data.batches(
-    split, batch_size=8, buckets=(16, 32), seed=0, epoch_shuffle=False, pad_id=0
-  ).iterator()
-  clock = iter(range(1000))  # every look at the clock is one second later
-  monkeypatch.setattr(evaluate.time, 'perf_counter', lambda: float(next(clock)))
-  found = evaluate.timing({'dense': (dense, params), 'pfc': pruned[:2]}, list(batches), repeats=3)
-  assert found['examples'] == COUNT and found['repeats'] == 3 and found['batch_size'] == 8
-  assert set(found['lengths']) <= {16, 32} and found['process_peak_bytes'] > 1e7 and found['device']
-  for row in found['models'].values():
-    assert row['seconds_per_example'] == pytest.approx(1 / COUNT)  # fillers are no examples
-    assert row['quartiles'] == pytest.approx([1 / COUNT] * 2) and row['time_ratio'] == pytest.approx(1)
-    assert row['compiled_peak_bytes'] > 0 and row['executor'] == 'mask' and row['dtype'] == 'float32'
-  json.dumps(found)
-
-
-def test_timing_goes_in_turns(monkeypatch):
-  """A B A B: a machine that slows down meanwhile slows both."""
-  dense, params, split = make_model({'name': 'none'})
-  batch = next(
-    data.batches(split, batch_size=4, buckets=(32,), seed=0, epoch_shuffle=False, pad_id=0).iterator()
-  )
-  order = []
-
-  def compile_shapes(model, params, batches):
-    return {(4, 32): lambda *_: order.append(model.readout)}, 0.0
-
-  monkeypatch.setattr(evaluate, 'compile_shapes', compile_shapes)
-  monkeypatch.setattr(evaluate, 'compiled_bytes', lambda program: None)
-  found = evaluate.timing(
-    {'a': (dense, params), 'b': (dense.clone(readout='cls'), params)}, [batch], repeats=2
-  )
-  assert order == ['mean', 'cls'] * 3  # the first pair warms up
-  assert found['models']['a']['time_ratio'] is None and found['models']['a']['compiled_peak_bytes'] is None
-
-
 def test_loss_is_the_weighted_mean_and_ignores_filler():
   random = np.random.default_rng(0)
   logits = random.normal(size=(5, 4)).astype(np.float32)

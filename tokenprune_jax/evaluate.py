@@ -1,12 +1,9 @@
-"""Evaluation over a whole split, and time measured beside dense in turns.
+"""Evaluation over a whole split.
 
 Shapes: b batch, n slots, l layer (all blocks; a replaced block holds 0), c classes, N examples of the split.
 """
 
 import functools
-import resource
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,94 +155,3 @@ def records(rows: Mapping[str, np.ndarray], layers: Sequence[int]) -> list[dict[
   }
   lists = [values.tolist() for values in columns.values()]
   return [dict(zip(columns, row)) for row in zip(*lists)]
-
-
-def peak_rss() -> int:
-  """The most memory that this process has held, in bytes."""
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def compiled_bytes(program: Any) -> int | None:
-  """Arguments, outputs and temporaries of a compiled program by XLA's analysis; None where there is none."""
-  analysis = program.memory_analysis()
-  if analysis is None:
-    return None
-  return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
-
-
-def logits_only(model: Classifier, params: Any, batch: Batch) -> jax.Array:
-  """What a user waits for: the trace is not computed."""
-  return model.apply({'params': params}, batch).logits
-
-
-def timing(
-  models: Mapping[str, tuple[Classifier, Any]], batches: Sequence[Batch], repeats: int = 5
-) -> dict[str, Any]:
-  """Seconds per example of each model, in turns (A B A B …), all compiled and warmed up before.
-
-  models: name -> (model, params); the one named 'dense' is what the others are compared with. batches: as
-  `data.batches` gives them; a round runs all of them through one model. Filler rows cost time but are not
-  counted as examples. Returns {'models': {name: {seconds_per_example (median over rounds), quartiles,
-  time_ratio (dense / this), compile_seconds, compiled_peak_bytes, executor, dtype}}, 'device', 'batch_size',
-  'lengths' (slots of each batch), 'examples', 'repeats', 'process_peak_bytes'}.
-  """
-  batches = [jax.device_put(dict(batch)) for batch in batches]
-  models = {name: (model, jax.device_put(params)) for name, (model, params) in models.items()}
-  programs = {name: compile_shapes(model, params, batches) for name, (model, params) in models.items()}
-
-  def round_of(name: str) -> float:
-    params, ready = models[name][1], programs[name][0]
-    start = time.perf_counter()
-    for batch in batches:
-      jax.block_until_ready(ready[batch['ids'].shape](params, batch))
-    return time.perf_counter() - start
-
-  for name in models:  # warm-up
-    round_of(name)
-  rounds: dict[str, list[float]] = {name: [] for name in models}
-  for _ in range(repeats):
-    for name in models:
-      rounds[name].append(round_of(name))
-  examples = int(sum(np.sum(np.asarray(batch['weight']) > 0) for batch in batches))
-  found = {
-    name: timed(model, programs[name], np.array(rounds[name]) / examples)
-    for name, (model, _) in models.items()
-  }
-  for row in found.values():
-    dense = found.get('dense')
-    row['time_ratio'] = dense['seconds_per_example'] / row['seconds_per_example'] if dense else None
-  return {
-    'models': found,
-    'device': jax.devices()[0].device_kind,
-    'batch_size': batches[0]['ids'].shape[0],
-    'lengths': [batch['ids'].shape[1] for batch in batches],
-    'examples': examples,
-    'repeats': repeats,
-    'process_peak_bytes': peak_rss(),
-  }
-
-
-def compile_shapes(model: Classifier, params: Any, batches: Sequence[Batch]) -> tuple[dict, float]:
-  """({(b, n): compiled program}, seconds that compiling took), ahead of time and once for each shape."""
-  forward, programs = jax.jit(functools.partial(logits_only, model)), {}
-  start = time.perf_counter()
-  for batch in batches:
-    if batch['ids'].shape not in programs:
-      programs[batch['ids'].shape] = forward.lower(params, batch).compile()
-  return programs, time.perf_counter() - start
-
-
-def timed(model: Classifier, compiled_programs: tuple[dict, float], seconds: np.ndarray) -> dict[str, Any]:
-  """One model's row of `timing`; seconds: per example, one a round."""
-  programs, compile_seconds = compiled_programs
-  low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-  sizes = [size for size in map(compiled_bytes, programs.values()) if size is not None]
-  return {
-    'seconds_per_example': median,
-    'quartiles': [low, high],
-    'compile_seconds': compile_seconds,
-    'compiled_peak_bytes': max(sizes, default=None),
-    'executor': model.executor,
-    'dtype': model.config.dtype,
-  }

@@ -66,7 +66,7 @@ class Reading(NamedTuple):
     return {**found, 'truncated': self.truncated} if self.truncated else found
 
 
-def load(folder: str | os.PathLike, executor: str = 'mask') -> 'Predictor':
+def load(folder: str | os.PathLike, executor: str = 'compact') -> 'Predictor':
   """The model of a run's workdir, or of an exported folder. Raises UserError where neither is there."""
   folder = pathlib.Path(folder)
   for place in (folder / 'model', folder):
@@ -81,7 +81,7 @@ def load(folder: str | os.PathLike, executor: str = 'mask') -> 'Predictor':
 class Predictor:
   """A model with its tokenizer; one compiled program for each batch shape, kept for later calls."""
 
-  def __init__(self, exported: pretrained.Exported, executor: str = 'mask'):
+  def __init__(self, exported: pretrained.Exported, executor: str = 'compact'):
     self.labels, self.max_length, self.tokenizer = exported.labels, exported.max_length, exported.tokenizer
     self.encode = data.Encoder(exported.tokenizer, exported.max_length)
     doubled = (SHORTEST << i for i in range(exported.max_length.bit_length()))

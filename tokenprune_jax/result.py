@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from tokenprune_jax import evaluate, predict, pretrained, sharding, workdir, writer
+from tokenprune_jax import evaluate, predict, pretrained, sharding, timing, workdir, writer
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.session import Session, batches, make_model
 
@@ -44,10 +44,9 @@ def test(
   model = make_model(session, spec)
   metrics, records = evaluated(session, model, params, 'test')
   host = sharding.to_host(params, session.mesh)
-  timing = time_beside_dense(session, model, host)
-  result = summary(metrics, timing) | {
+  result = summary(metrics, time_beside_dense(session, model, host)) | {
     'labels': list(session.dataset.labels),
-    'executor': model.executor,
+    'executor': config['model']['executor'],
     'dtype': model.config.dtype,
     'seed': config['seed'],
     **about,
@@ -77,9 +76,9 @@ def test(
   return result
 
 
-def summary(metrics: Mapping[str, Any], timing: Mapping[str, Any] | None) -> dict[str, Any]:
+def summary(metrics: Mapping[str, Any], times: Mapping[str, Any] | None) -> dict[str, Any]:
   """result.json's figures of the test split: scores apart from cost; null where nothing was timed."""
-  models = timing['models'] if timing else {}
+  models = times['models'] if times else {}
   seconds = {name: row['seconds_per_example'] for name, row in models.items()}
   rest = {name: value for name, value in metrics.items() if name not in SCORES}
   return {
@@ -88,14 +87,15 @@ def summary(metrics: Mapping[str, Any], timing: Mapping[str, Any] | None) -> dic
     **rest,
     'seconds_per_example': seconds.get('model', seconds.get('dense')),
     'dense_seconds_per_example': seconds.get('dense'),
-    'timing': timing,
+    'timing': times,
   }
 
 
 def time_beside_dense(session: Session, model: Classifier, params: Any) -> dict[str, Any] | None:
-  """`evaluate.timing` of the model and the dense one with the same weights, on a few test batches.
+  """`timing.beside_dense` of the model and the dense one with the same weights, on a few test batches.
 
-  None where config.eval.timing is off, or where several processes share the machine's cores.
+  Under the executor `serve` the model gets them through a server. None where config.eval.timing is off, or where several
+  processes share the machine's cores.
   """
   if not session.config['eval']['timing'] or jax.process_count() > 1:
     return None
@@ -105,7 +105,8 @@ def time_beside_dense(session: Session, model: Classifier, params: Any) -> dict[
   models = {'dense': (make_model(session, {'name': 'none'}), params)}
   if model != models['dense'][0]:
     models['model'] = (model, params)
-  return evaluate.timing(models, some)
+  served = ('model',) if session.config['model']['executor'] == 'serve' else ()
+  return timing.beside_dense(models, some, served=served)
 
 
 def report(result: Mapping[str, Any], folder: pathlib.Path) -> str:
