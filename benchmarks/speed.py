@@ -17,7 +17,7 @@ import importlib.util
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 sys.path.insert(
@@ -33,6 +33,7 @@ from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
 
 LABELS = 2
+EXECUTORS = ('mask', 'compact', 'serve')
 CONFIGS = {
   'base': EncoderConfig(dropout=0.0, attention_dropout=0.0),
   'minilm': EncoderConfig(width=384, depth=6, hidden=1536, dropout=0.0, attention_dropout=0.0),
@@ -146,6 +147,18 @@ def torch_programs(config: EncoderConfig, batch: dict, dtype: str) -> dict[str, 
   return {f'torch_{attention}': program(attention) for attention in ('eager', 'sdpa')}
 
 
+def chosen(options: argparse.Namespace, wanted: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """(method, executor) of every row that was asked for. Removing under `compact` needs counts that are fixed."""
+  pairs = [
+    (name, executor)
+    for name in options.methods or wanted
+    for executor in options.executor or (wanted[name][1],)
+  ]
+  return [
+    (name, executor) for name, executor in pairs if executor != 'compact' or wanted[name][1] == 'compact'
+  ]
+
+
 def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> list[dict[str, Any]]:
   """The rows of one shape."""
   config = dataclasses.replace(CONFIGS[options.model], dtype=dtype)
@@ -157,20 +170,22 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
   for name, shape in (('dense_whole', whole), ('dense_grouped', grouped)):
     model = Classifier(shape, plain, LABELS)
     programs[name], macs[name] = timing.Forward(model, random_params(model), [given]), 1.0
+  executors = dict.fromkeys(programs, 'mask')
   wanted = specs(config.depth)
-  for name, (spec, executor) in wanted.items():
-    if name in (options.methods or wanted) and executor in (options.executor or (executor,)):
-      model = Classifier(
-        config, make_reducer(spec), LABELS, executor=executor if executor == 'compact' else 'mask'
-      ).check()
-      params = random_params(model)
-      if executor == 'compact':
-        programs[name] = timing.Forward(model, params, [given])
-        macs[name] = mean_macs(model, params, [given], {})
-      else:
-        controls = controls_for(name, model, params, [given])
-        programs[name] = timing.Served(model, params, list(given['ids']), controls)
-        macs[name] = programs[name].macs
+  for name, executor in chosen(options, wanted):
+    key = name if executor == wanted[name][1] else f'{name} ({executor})'
+    fixed = 'compact' if executor == 'compact' else 'mask'
+    model = Classifier(config, make_reducer(wanted[name][0]), LABELS, executor=fixed).check()
+    params = random_params(model)
+    controls = controls_for(name, model, params, [given])
+    executors[key] = executor
+    if executor == 'serve':
+      programs[key] = timing.Served(model, params, list(given['ids']), controls)
+      macs[key] = programs[key].macs
+    else:
+      set_to = {control: np.full(batch, value, np.float32) for control, value in controls.items()}
+      programs[key] = timing.Forward(model, params, [{**given, 'controls': set_to}])
+      macs[key] = mean_macs(model, params, [given], controls)
   programs |= torch_programs(config, given, dtype)
   load = measure.quiet(options.allow_load)
   times = timing.in_turns(programs, options.repeats)
@@ -182,7 +197,7 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
       continue
     ratio = dense / times[name]['seconds']
     found.append({
-      'model': options.model, 'method': name, 'executor': wanted.get(name, ({}, 'mask'))[1], 'batch': batch, 'length': length,
+      'model': options.model, 'method': name, 'executor': executors[name], 'batch': batch, 'length': length,
       'dtype': dtype, **times[name], 'dense_seconds': dense, **peers, 'mac_ratio': macs[name], 'time_ratio': ratio,
       'efficiency': ratio * macs[name], 'compile_seconds': program.compile_seconds, 'peak_bytes': program.peak_bytes,
       'load_of_others': load,
@@ -249,7 +264,12 @@ def main() -> None:
   parser.add_argument('--batch', type=numbers, default=[1, 8, 32])
   parser.add_argument('--length', type=numbers, default=[128, 512])
   parser.add_argument('--dtype', type=words, default=['float32'])
-  parser.add_argument('--executor', type=words, default=[])
+  parser.add_argument(
+    '--executor',
+    type=words,
+    default=[],
+    help='mask, compact or serve; by default the one that suits a method',
+  )
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
   parser.add_argument('--out', default='results/speed.json')
@@ -259,6 +279,9 @@ def main() -> None:
     parser.error(
       f'--methods: there is no {unknown[0]!r}; choose from {", ".join(specs(CONFIGS[options.model].depth))}'
     )
+  wrong = [name for name in options.executor if name not in EXECUTORS]
+  if wrong:
+    parser.error(f'--executor: there is no {wrong[0]!r}; choose from {", ".join(EXECUTORS)}')
   rows, path = [], pathlib.Path(options.out)
   header = report.header(
     shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])

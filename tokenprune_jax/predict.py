@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenprune_jax import data, evaluate, models, pretrained, serve, workdir
+from tokenprune_jax import compile_cache, data, evaluate, models, pretrained, serve, workdir
 from tokenprune_jax.data import files
 from tokenprune_jax.data.tokenise import text_problem
 from tokenprune_jax.errors import UserError
@@ -105,7 +105,11 @@ class Predictor:
     return [reading.record() for reading in self.readings(texts, batch_size)]
 
   def serve(self, **options: Any) -> serve.Server:
-    """A server of this model, for texts and pairs: `serve.Server`, whose other options may be given."""
+    """A server of this model, for texts and pairs: `serve.Server`, whose other options may be given.
+
+    Its programs are kept in JAX's persistent compilation cache.
+    """
+    compile_cache.turn_on()
     return serve.Server(self.model, self.params, encode=self.encode, labels=self.labels, **options)
 
   def read(self, text: Text) -> Reading:
