@@ -103,7 +103,7 @@ def mix(
   value: Float[Array, 'b h k e'],
   seen: Float[Array, 'b #h k'],
   updated: Float[Array, 'b q'],
-  bias: Float[Array, '#b h q k'] | None,
+  bias: Float[Array, '#b #h q k'] | None,
   rng: Array | None,
   how: Mixing,
 ) -> tuple[Float[Array, 'b h q e'], dict[str, Array]]:
@@ -145,7 +145,7 @@ def fused(
   key: Float[Array, 'b h k e'],
   value: Float[Array, 'b h k e'],
   seen: Float[Array, 'b #h k'],
-  bias: Float[Array, '#b h q k'] | None,
+  bias: Float[Array, '#b #h q k'] | None,
   kernel: str,
 ) -> Float[Array, 'b h q e']:
   """`mix` for a hard `seen`, by `jax.nn.dot_product_attention`: no attention map is handed on.
@@ -165,7 +165,7 @@ def light(
   key: Float[Array, 'b h k e'],
   seen: Float[Array, 'b #h k'],
   updated: Float[Array, 'b q'],
-  bias: Float[Array, '#b h q k'] | None,
+  bias: Float[Array, '#b #h q k'] | None,
   reads: tuple[str, ...],
 ) -> dict[str, Array]:
   """The evidence `reads` names, of LIGHT, in a second pass over a few queries at a time: no whole map is kept."""

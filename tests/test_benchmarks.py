@@ -1,0 +1,118 @@
+"""The benchmarks' own arithmetic: layouts, choices and tables, on made-up numbers."""
+
+import argparse
+
+import numpy as np
+import pytest
+
+from benchmarks import headline, measure, packing, report, serving, speed
+from tokenprune_jax import ladder
+
+SHAPES = ladder.Ladder(batch_tokens=512).settled(512)
+
+
+@pytest.mark.parametrize('slots', [0, 128, 256, 512])
+def test_every_survivor_has_one_place(slots):
+  lengths = np.random.default_rng(slots).integers(1, 513, 40).tolist()
+  layout = packing.packed(lengths, SHAPES, slots) if slots else packing.regrouped(lengths, SHAPES)
+  rows = [(room, row) for room, rows in layout.batches for row in rows]
+  assert sorted(n for _, row in rows for n in row) == sorted(lengths)
+  assert all(sum(row) <= room for room, row in rows)
+  held = sum(room for room, _ in rows)
+  assert layout.padding() == pytest.approx(1 - sum(lengths) / held)
+  if slots == 512:  # first fit leaves no two rows that would go into one
+    sums = [sum(row) for _, row in rows if row]
+    assert all(a + b > 512 for i, a in enumerate(sums) for b in sums[i + 1 :])
+
+
+def test_segments_of_a_packed_row():
+  found = packing.arrays(6, [[2, 3], [6], []], width=4)
+  assert found['segments'].tolist() == [[1, 1, 2, 2, 2, 0], [1] * 6, [0] * 6]
+  assert found['x'].shape == (3, 6, 4)
+
+
+def test_a_packed_row_computes_what_its_examples_compute_alone():
+  """The block on [2, 3] in one row equals the block on 2 and on 3."""
+  config = speed.dataclasses.replace(speed.CONFIGS['minilm'], width=16, heads=2, hidden=32)
+  run = packing.Run(config, packing.Layout([(5, [[2, 3]])]))
+  [batch] = run.batches
+  together, received = run.program(run.params, batch, True)
+  for start, stop in ((0, 2), (2, 5)):
+    part = {'x': batch['x'][:, start:stop], 'segments': batch['segments'][:, start:stop] * 0 + 1}
+    alone, seen = run.program(run.params, part, False)
+    np.testing.assert_allclose(together[:, start:stop], alone, atol=1e-5)
+    np.testing.assert_allclose(received[..., start:stop], seen, atol=1e-5)
+
+
+def point(method, batch, length, time_ratio, mac_ratio=0.5):
+  return {
+    'method': method,
+    'dtype': 'float32',
+    'batch': batch,
+    'length': length,
+    'time_ratio': time_ratio,
+    'mac_ratio': mac_ratio,
+  }
+
+
+def test_break_even_is_the_length_from_which_on_a_method_stays_faster():
+  rows = [point('a', 1, n, ratio) for n, ratio in ((16, 1.2), (32, 0.9), (64, 1.1), (128, 1.4))]
+  rows += [point('b', 1, n, 0.8) for n in (16, 32)] + [point('dense_whole', 1, 16, 1.0), point('c', 8, 16, 2)]
+  text = speed.break_even(rows)
+  assert '| a | float32 | 0.50 to 0.50 | from 64 tokens |' in text
+  assert '| b | float32 | 0.50 to 0.50 | at none up to 32 |' in text and '| c |' not in text
+  assert speed.break_even([point('c', 8, 16, 2)]) == ''
+
+
+def test_executors_that_were_asked_for():
+  wanted = speed.specs(12)
+  options = argparse.Namespace(methods=['topk', 'threshold'], executor=[])
+  assert speed.chosen(options, wanted) == [('topk', 'compact'), ('threshold', 'serve')]
+  options.executor = ['mask', 'compact']
+  assert speed.chosen(options, wanted) == [('topk', 'mask'), ('topk', 'compact'), ('threshold', 'mask')]
+
+
+def test_the_headline_is_chosen_on_validation_and_never_on_test():
+  rows = [
+    {'method': 'dense', 'valid': 0.9, 'test': 0.9, 'seconds': 10.0},
+    {
+      'method': 'topk',
+      'valid': 0.895,
+      'test': 0.1,
+      'seconds': 5.0,
+    },  # just good enough, and the fastest of those
+    {'method': 'topk', 'valid': 0.894, 'test': 0.99, 'seconds': 1.0},
+    {'method': 'combine', 'valid': 0.95, 'test': 0.99, 'seconds': 6.0},
+  ]
+  assert headline.headline(rows) is rows[1]
+  assert headline.headline([rows[0], rows[2]]) is None
+
+
+def test_settings_of_the_headline_fit_the_model():
+  for setting in headline.settings('bbc'):
+    headline.make_reducer(setting.spec).check(6, 12)
+  assert [setting.method for setting in headline.settings('bbc')].count('topk') == len(headline.ENDS)
+
+
+def test_batches_of_documents_hold_each_document_once():
+  random = np.random.default_rng(0)
+  rows = [random.integers(5, 99, n) for n in random.integers(1, 513, 21)]
+  for batches in serving.dense_batches(rows, SHAPES, 0).values():
+    found = [
+      tuple(ids[mask]) for batch in batches for ids, mask in zip(batch['ids'], batch['mask']) if mask.any()
+    ]
+    assert sorted(found) == sorted(map(tuple, rows))
+
+
+def test_the_plot_of_savings(tmp_path):
+  rows = [point('a', 1, 16, 1.2), point('b', 8, 16, 1.9), point('dense_whole', 1, 16, 1.0)]
+  report.plot_savings(tmp_path / 'a.png', 'Title', rows, lambda row: f'{row["batch"]}')
+  report.plot_savings(tmp_path / 'none.png', 'Title', [], str)
+  assert (tmp_path / 'a.png').stat().st_size > 5000 < (tmp_path / 'none.png').stat().st_size
+
+
+def test_load_of_others_is_refused(monkeypatch):
+  monkeypatch.setattr(measure, 'others_load', lambda: 0.5)
+  with pytest.raises(SystemExit, match='0.5 cores'):
+    measure.quiet()
+  assert measure.quiet(allow=True) == 0.5
