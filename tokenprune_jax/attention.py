@@ -63,7 +63,6 @@ def read(
 ) -> dict[str, Array]:
   """The evidence named in `reads`, keys in the order of `weights`. updated: 1 at queries that count, 0 at padding."""
   found = {}
-  weights = jax.lax.stop_gradient(weights)
   if 'received' in reads or 'entropy' in reads:
     received = over_queries(weights, updated)
     found['received'] = received
@@ -110,7 +109,8 @@ def mix(
   """Scaled dot-product attention: (mixed values, the evidence that `how.reads` names).
 
   seen: how much each key is attended to; updated: 1 at queries that count in the evidence. bias: added to the scores.
-  rng: key of the dropout on the weights, when `how.dropout` > 0; evidence comes before it.
+  rng: key of the dropout on the weights, when `how.dropout` > 0; evidence comes before it. Evidence has a gradient
+  where masks are soft.
   """
   if (
     how.kernel != 'plain'
@@ -121,7 +121,7 @@ def mix(
     return fused(query, key, value, seen, bias, how.kernel), light(query, key, seen, updated, bias, how.reads)
   scores = scaled_scores(query, key, bias)
   weights = (soft_weights if how.soft else hard_weights)(scores, seen[..., None, :])
-  found = read(weights, updated, how.reads)
+  found = read(weights if how.soft else jax.lax.stop_gradient(weights), updated, how.reads)
   if how.dropout and rng is not None:
     keep = jax.random.bernoulli(rng, 1 - how.dropout, weights.shape)
     weights = jnp.where(keep, weights / (1 - how.dropout), 0)

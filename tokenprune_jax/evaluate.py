@@ -26,8 +26,8 @@ def measure(model: Classifier, params: Any, batch: Batch) -> dict[str, jax.Array
   return {
     'logits': output.logits,
     'keep_ratio': flops.keep_ratio(output.trace),
-    'macs': flops.trace_macs(model.config, model.labels, model.head, output.trace),
-    'dense_macs': flops.dense_macs(model.config, model.labels, model.head, length),
+    'macs': output.macs,
+    'dense_macs': output.dense_macs,
     'overflow': output.trace.overflow,
     'length': length,
     'slots': jnp.full_like(length, batch['mask'].shape[1]),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from tokenprune_jax import reducers
+from tokenprune_jax import flops, reducers
 from tokenprune_jax.encoder import Encoder, EncoderConfig, Trace
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
@@ -70,12 +70,15 @@ def _value(method: str, key: str, value, default):
 class Output:
   """logits [b c] float32; loss: what the method adds to the task's loss; trace: what was computed.
 
-  exits: logits [b e c] of the method's exits, where it has any.
+  macs, dense_macs [b]: multiply-adds of each example, also of the plain encoder. exits: logits [b e c] of the method's
+  exits, where it has any.
   """
 
   logits: Array
   loss: Array
   trace: Trace
+  macs: Array
+  dense_macs: Array
   exits: Array | None = None
 
 
@@ -128,8 +131,12 @@ class Classifier(nn.Module):
     logits = Head(self.config, self.labels, self.head, name='head')(read_out(tokens, self.readout), train)
     if 'exited' in memory:
       logits = jnp.where(memory['exited'][:, None], memory['prediction'], logits)
+    macs = flops.trace_macs(self.config, self.labels, self.head, trace)
+    dense = flops.dense_macs(self.config, self.labels, self.head, batch['mask'].sum(-1))
     loss = jnp.asarray(memory.get('loss', 0.0), jnp.float32)
-    return Output(logits, loss, trace, memory.get('logits'))
+    if 'mac_target' in memory:
+      loss += memory['mac_weight'] * (macs.sum() / dense.sum() - memory['mac_target']) ** 2
+    return Output(logits, loss, trace, macs, dense, memory.get('logits'))
 
   def init_params(self, key: Array) -> dict:
     """Random parameters, the tree described in `pretrained`."""

@@ -5,6 +5,7 @@ needs. Decisions go into the stream (`seen`, `updated`, `score`, `capacity`), pr
 arrays with leading axis b in original-position indexing. Entries of `memory` that the caller reads:
 
   loss scalar: added to the task's loss;  macs_NAME [b]: multiply-adds of the method itself, an item each;
+  mac_target, mac_weight scalars: a budget, mac_weight (MACs / dense MACs - mac_target)^2 is added to the loss;
   assignment [b N] int32: the combination slot each input token went to;
   exited [b] bool, prediction [b c]: examples that are answered before the last layer, and their logits;
   logits [b e c]: of all exits, for a training objective.

@@ -12,7 +12,7 @@ and metrics are means over the batch's rows by `batch['weight']`.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,14 +35,33 @@ class Validation(NamedTuple):
   apply: Callable[..., Output]  # (batch)
   batches: Callable[[], Iterable[dict[str, jax.Array]]]
 
-  def capacities(self, column: Callable[[Trace], jax.Array], overflow_rate: float) -> tuple[float, ...]:
+  def controlled(self, controls: Mapping[str, float]) -> Iterator[tuple[Output, dict[str, jax.Array]]]:
+    """(output, batch) of every batch, all examples with the same controls."""
+    for batch in self.batches():
+      values = {name: np.full(len(batch['ids']), value, np.float32) for name, value in controls.items()}
+      yield self.apply({**batch, 'controls': values}), batch
+
+  def mac_ratio(self, controls: Mapping[str, float]) -> float:
+    """Multiply-adds of the split as a share of dense's."""
+    total = np.zeros(2)
+    for output, batch in self.controlled(controls):
+      macs, dense, weight = jax.device_get((output.macs, output.dense_macs, batch['weight']))
+      total += [macs[weight > 0].sum(), dense[weight > 0].sum()]
+    return float(total[0] / total[1])
+
+  def capacities(
+    self,
+    column: Callable[[Trace], jax.Array],
+    overflow_rate: float,
+    controls: Mapping[str, float] | None = None,
+  ) -> tuple[float, ...]:
     """By layer, the share of the padded length that holds all but `overflow_rate` of the examples.
 
     column: the counts [b L] of a trace that a capacity must hold.
     """
     shares = []
-    for batch in self.batches():
-      counts, weight = jax.device_get((column(self.apply(batch).trace), batch['weight']))
+    for output, batch in self.controlled(controls or {}):
+      counts, weight = jax.device_get((column(output.trace), batch['weight']))
       shares.append(counts[weight > 0] / batch['ids'].shape[1])
     found = np.quantile(np.concatenate(shares), 1 - overflow_rate, axis=0, method='higher')
     return tuple(np.clip(found, 1e-6, 1.0).tolist())

@@ -6,7 +6,7 @@
 
 The module replaces block `layer`; combination tokens are carried from the embeddings on and read and are read by all
 tokens in the blocks before. Reconstructed here, as the paper leaves it open: combination tokens join after the embedding
-LayerNorm; padding is assigned to nothing; an empty slot keeps its state; `scale` and `identity` (see the fields).
+LayerNorm; padding is assigned to nothing; an empty slot keeps its state; `spread`, `scale` and `identity` (see the fields).
 """
 
 import flax.linen as nn
@@ -47,10 +47,11 @@ class CombinationTokens(nn.Module):
   """The learned starting states [m d]."""
 
   slots: int
+  spread: float
 
   @nn.compact
   def __call__(self, width: int) -> Float[Array, 'm d']:
-    return self.param('embedding', nn.initializers.normal(0.02), (self.slots, width))
+    return self.param('embedding', nn.initializers.normal(self.spread), (self.slots, width))
 
 
 class Assign(nn.Module):
@@ -85,6 +86,9 @@ class Method(Reducer):
   layer: int = (
     11  # the block that combining replaces, counted from 1; the paper's best of 12 is 11, its fastest 7
   )
+  spread: float = (
+    1.0  # standard deviation of the combination tokens' first states; 1: as wide as the states they join
+  )
   scale: bool = (
     True  # logits / sqrt(d), as in the module's ancestor (GroupViT); the paper's equation has no scale
   )
@@ -97,13 +101,15 @@ class Method(Reducer):
       raise UserError(
         f'reducer.slots is {self.slots}; it is the number of combination tokens, 0 (off) or more'
       )
+    if self.spread < 0:
+      raise UserError(f'reducer.spread is {self.spread}; it is a standard deviation, 0 or more')
     if self.slots and not 2 <= self.layer <= depth:
       raise UserError(
         f'reducer.layer is {self.layer}; combining replaces a block after the first, so choose 2 to {depth}'
       )
 
   def setup(self):
-    self.tokens = CombinationTokens(self.slots)
+    self.tokens = CombinationTokens(self.slots, self.spread)
     self.assign = Assign(self.scale, self.identity)
 
   def blocks(self, depth: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@
   tau_l = 128 threshold (l - 1) / L, so that layer 1 keeps all tokens
   kept  a_j >= tau_l; the others leave between attention and feed-forward, and never return
 
-LTP learns a threshold for each layer, as a later method will. Its code divides a_j by the padded length, 128 there: 128
+LTP learns a threshold for each layer (ltp.py). Its code divides a_j by the padded length, 128 there: 128
 stands in tau_l so that its thresholds carry over and a decision does not depend on padding. Reconstructed here: the
 first token is protected, which LTP does not do, so that no example is left empty; where combining replaces a block, l
 counts the blocks that run.
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tokenprune_jax import schedule
 from tokenprune_jax.attention import Evidence
@@ -32,6 +33,11 @@ def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
   rate = fields.get('overflow_rate', 0.0)
   return {'capacities': validation.capacities(lambda trace: trace.rows, rate)} if rate else {}
+
+
+def now(memory: Memory) -> Float[Array, 'b 1']:
+  """The threshold of the layer that runs."""
+  return jnp.take_along_axis(memory['thresholds'], memory['layers_run'][:, None], axis=1)
 
 
 class Method(Reducer):
@@ -56,22 +62,26 @@ class Method(Reducer):
   def reads(self, layer: int) -> tuple[str, ...]:
     return ('received',) if layer > 1 else ()
 
-  def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
+  def thresholds(self, inputs: Inputs) -> Float[Array, 'b L']:
+    """tau by layer."""
     given = jnp.full(inputs.ids.shape[0], self.threshold)
-    step = inputs.controls.get('threshold', given).astype(jnp.float32) * (REFERENCE / inputs.depth)
-    # The layer's number is a sum, not a constant: layers then have equal code, and share one compiled program.
-    memory = {'threshold_step': step, 'threshold_now': jnp.zeros_like(step)}
+    last = inputs.controls.get('threshold', given).astype(jnp.float32)
+    return last[:, None] * (REFERENCE / inputs.depth) * jnp.arange(inputs.depth)
+
+  def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
+    # The layer's number is counted, not a constant: layers then have equal code, and share one compiled program.
+    memory = {'thresholds': self.thresholds(inputs), 'layers_run': jnp.zeros(inputs.ids.shape[0], jnp.int32)}
     return tokens.replace(protected=tokens.protected | (tokens.position == 0)), memory
 
   def after_attention(
     self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
   ) -> tuple[Tokens, Memory]:
-    n, now = tokens.x.shape[1] - tokens.added, memory['threshold_now']
-    memory = {**memory, 'threshold_now': now + memory['threshold_step']}
+    n, threshold = tokens.x.shape[1] - tokens.added, now(memory)
+    memory = {**memory, 'layers_run': memory['layers_run'] + 1}
     if layer == 1 or n == 0:
       return tokens, memory
     assert evidence.received is not None  # `reads` asked for it
     score = evidence.received.mean(axis=1)[:, :n]
-    stay = (tokens.updated[:, :n] > 0) & ((score >= now[:, None]) | tokens.protected[:, :n])
+    stay = (tokens.updated[:, :n] > 0) & ((score >= threshold) | tokens.protected[:, :n])
     room = schedule.places(self.capacities[layer - 1], tokens.length) if self.capacities else None
     return leave(tokens, stay, score, 'gone', room), memory

@@ -1,0 +1,241 @@
+"""LTP against NumPy loops and the official code's own numbers, and its budget."""
+
+import dataclasses
+import pathlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.reference import apply, model_and_params, ragged_batch
+from tests.tiny_run import config as tiny_config
+from tests.tiny_run import lines
+from tokenprune_jax import conversion, flops, models, segments, train
+from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducer import Inputs
+from tokenprune_jax.reducers import ltp
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+OFFICIAL = {'score_norm': 'per_padded_token', 'soft_form': 'output', 'protect': False}
+BATCH = ragged_batch((14, 9, 5, 2, 1), 14)
+RNGS = {'dropout': jax.random.key(0), 'reduce': jax.random.key(1)}
+
+
+def test_masks_are_those_of_the_official_pruner():
+  g = np.load(GOLDEN / 'ltp_absolute_threshold.npz')
+  valid = g['valid_mask'].astype(bool)
+  received = (g['attention_probs'] * valid[:, None, :, None]).sum(2).mean(1)
+  score = jnp.asarray(received / valid.shape[1])
+  np.testing.assert_allclose(score, g['abs_scores'], atol=1e-6)
+  for place, theta in enumerate(g['abs_threshold']):
+    column = jnp.full((len(score), 1), theta)
+    if place:  # the first layer's threshold is 0, and there the official pruner returns early
+      np.testing.assert_array_equal(ltp.hard_mask(score, column) * valid, g['abs_keep'][place])
+    for number, temperature in enumerate(g['temperatures']):
+      soft = ltp.soft_mask(score, column, float(temperature))
+      np.testing.assert_allclose(soft, g['abs_soft_mask'][place, number], atol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def official():
+  """(vectors, config, parameters, batch) of the official model."""
+  g = np.load(GOLDEN / 'ltp_model.npz')
+  tensors = {
+    name.removeprefix('param.').replace('ibert.', 'roberta.'): g[name]
+    for name in g.files
+    if name.startswith('param.') and 'pruner' not in name
+  }
+  words, width = tensors['roberta.embeddings.word_embeddings.weight'].shape
+  shape = EncoderConfig(
+    family='roberta', vocab_size=words, width=width, depth=4, heads=int(g['num_heads']), hidden=64,
+    max_positions=len(tensors['roberta.embeddings.position_embeddings.weight']),
+    type_vocab=len(tensors['roberta.embeddings.token_type_embeddings.weight']), position_offset=2, pad_id=1,
+    norm_eps=float(g['layer_norm_eps']), dropout=0.0, attention_dropout=0.0, group_slots=0,
+  )  # fmt: skip
+  params = conversion.to_params(shape, tensors, dict.fromkeys(tensors, 'golden'), 'golden', classifier=True)
+  params = jax.tree.map(jnp.asarray, params)
+  params['reducer'] = {'learned': {'delta': jnp.asarray(g['threshold_delta'] * 128)}}
+  mask = g['attention_mask'].astype(bool)
+  return g, shape, params, {'ids': g['input_ids'], 'mask': mask, 'types': np.zeros_like(g['input_ids'])}
+
+
+def model_of(official, **fields):
+  g, shape, *_ = official
+  spec = {'name': 'ltp', 'threshold': float(g['final_token_threshold']), **OFFICIAL, **fields}
+  return models.Classifier(shape, models.make_reducer(spec), 3, readout='cls', head='family')
+
+
+def test_the_hard_model_keeps_and_counts_what_the_official_one_does(official):
+  g, shape, params, batch = official
+  plain = apply(model_of(official, threshold=0.0, scale=0.0), params, batch)
+  np.testing.assert_allclose(plain.logits, g['noprune_eval.logits'], atol=1e-4)
+  # A read-out of [CLS] would protect it; the official code computes an answer from a [CLS] that it has dropped.
+  output = apply(model_of(official).clone(readout='mean'), params, batch)
+  theirs = g['hard_eval.keep_after_layer']
+  for layer in range(3):  # the trace has what a layer attends to: what the one before has left
+    np.testing.assert_array_equal(np.asarray(output.trace.kept)[:, layer + 1], theirs[layer])
+  np.testing.assert_array_equal(output.trace.queries.T, g['hard_eval.n_attn'])
+  np.testing.assert_array_equal(output.trace.rows.T, g['hard_eval.n_ffn'])
+  wide = dataclasses.replace(
+    shape, hidden=4 * shape.width
+  )  # their counter takes it for granted, and says multiply-adds
+  macs = flops.by_convention('ltp', wide, 3, 'family', output.trace, 12) / 2
+  np.testing.assert_allclose(macs, g['hard_eval.macs'])
+
+
+@pytest.mark.parametrize('temperature', [0.01, 0.05])
+def test_the_soft_model_and_the_gradient_of_its_thresholds(official, temperature):
+  g, _, params, batch = official
+  batch = jax.tree.map(jnp.asarray, batch)
+  tag = f'soft_train_T{temperature}'
+  model = model_of(official, mode='soft', temperature=temperature, weight=float(g[f'{tag}.lambda']))
+
+  def total(reducer):
+    output = model.apply({'params': {**params, 'reducer': reducer}}, batch, train=True, rngs=RNGS)
+    task = -jnp.take_along_axis(
+      jax.nn.log_softmax(output.logits), jnp.asarray(g['labels'])[:, None], 1
+    ).mean()
+    return task + output.loss, output
+
+  (loss, output), gradient = jax.value_and_grad(total, has_aux=True)(params['reducer'])
+  np.testing.assert_allclose(output.logits, g[f'{tag}.logits'], atol=1e-4)
+  np.testing.assert_allclose(output.loss, g[f'{tag}.regularizer'] * g[f'{tag}.lambda'], atol=1e-5)
+  np.testing.assert_allclose(loss, g[f'{tag}.total_loss'], atol=1e-4)
+  np.testing.assert_allclose(
+    gradient['learned']['delta'] * 128, g[f'{tag}.grad_threshold_delta'], rtol=2e-3, atol=1e-3
+  )
+
+
+def kept_by_a_loop(received, thresholds):
+  """Which tokens of one example a layer keeps; received: by token, mean over heads; the first one is protected."""
+  return [j == 0 or score / 128 >= max(thresholds, 1e-5) for j, score in enumerate(received)]
+
+
+def test_a_layer_keeps_what_the_rule_says():
+  model, params = model_and_params({'name': 'ltp', 'threshold': 0.015})
+  encoder = segments.make_encoder(model).clone(executor='mask')
+  variables = {'params': segments.encoder_params(params)}
+  inputs = Inputs(*(jnp.asarray(BATCH[name]) for name in ('ids', 'mask', 'types')), {}, labels=3, depth=4)
+  tokens, memory = encoder.apply(variables, inputs, method='begin')
+  delta, left = np.asarray(params['reducer']['learned']['delta']) / 128, []
+  for half in encoder.halves():
+    before = np.asarray(tokens.updated)
+    if half.attention:
+      read = ('received',)
+      _, evidence, _ = encoder.apply(
+        variables,
+        tokens,
+        None,
+        read,
+        False,
+        method=lambda e, *given, l=half.layer: e.block[str(l)].attend(*given),
+      )
+      received = np.asarray(evidence.received).mean(1)
+    tokens, memory, _, _ = encoder.apply(variables, tokens, memory, None, half, method='advance')
+    if half.attention and half.layer > 1:
+      theta = 0.015 * (half.layer - 1) / 4 + delta[half.layer - 1]
+      for row in range(len(before)):
+        alive = before[row] > 0
+        expected = np.array(kept_by_a_loop(received[row], theta)) & alive
+        np.testing.assert_array_equal(np.asarray(tokens.updated[row]) > 0, expected)
+      left.append(float(tokens.updated.sum()))
+  assert left[0] > left[-1] > 0
+
+
+def test_the_hard_mask_is_the_limit_of_the_soft_one():
+  hard, params = model_and_params({'name': 'ltp', 'threshold': 0.015})
+  soft, _ = model_and_params({'name': 'ltp', 'threshold': 0.015, 'mode': 'soft', 'temperature': 1e-9})
+  expected = apply(hard, params, BATCH)
+  trained = apply(soft, params, BATCH, train=True, rngs=RNGS)
+  np.testing.assert_allclose(trained.logits, expected.logits, atol=1e-4)
+  np.testing.assert_allclose(trained.macs, expected.macs, rtol=1e-5)
+  outside = apply(soft.clone(reducer=soft.reducer.clone(temperature=0.1)), params, BATCH)
+  np.testing.assert_allclose(outside.logits, expected.logits, atol=1e-4)  # validation sees hard masks
+
+
+def test_masks_are_pushed_down_in_received_units_whatever_the_padding():
+  model, params = model_and_params({'name': 'ltp', 'mode': 'soft', 'threshold': 0.015})
+  loss = apply(model, params, BATCH, train=True, rngs=RNGS).loss
+  wider = {name: np.pad(values, ((0, 0), (0, 6))) for name, values in BATCH.items()}
+  np.testing.assert_allclose(apply(model, params, wider, train=True, rngs=RNGS).loss, loss, rtol=1e-5)
+  assert 0 < float(loss) < 0.1 * 3
+
+
+def test_a_budget_has_the_value_of_hard_masks_and_a_gradient_that_lowers_it():
+  spec = {
+    'name': 'ltp',
+    'mode': 'soft',
+    'target_macs': 0.4,
+    'weight': 2.0,
+    'temperature': 5e-3,
+    'threshold': 0.01,
+  }
+  model, params = model_and_params(spec)
+
+  def run(delta):
+    given = {**params, 'reducer': {'learned': {'delta': delta}}}
+    return apply(model, given, BATCH, train=True, rngs=RNGS)
+
+  delta = params['reducer']['learned']['delta']
+  output = run(delta)
+  ratio = float(output.macs.sum() / output.dense_macs.sum())
+  hard = apply(model, params, BATCH)
+  assert ratio == pytest.approx(float(hard.macs.sum() / hard.dense_macs.sum()), rel=1e-5) and ratio > 0.5
+  assert float(output.loss) == pytest.approx(2 * (ratio - 0.4) ** 2, rel=1e-4)
+  for _ in range(60):
+    delta = delta - 0.2 * jax.grad(lambda delta: run(delta).loss)(delta)
+  found = run(delta)
+  assert abs(float(found.macs.sum() / found.dense_macs.sum()) - 0.4) < 0.1
+
+
+def test_three_stages_meet_the_budget_on_validation(tmp_path):
+  wanted = tiny_config(
+    reducer={'name': 'ltp', 'target_macs': 0.6, 'weight': 1.0, 'temperature': 5e-3},
+    model__weights='random:bert:layers=4,width=32,heads=2,hidden=64,vocab=256',
+  )
+  wanted['stages'] = (
+    {'name': 'tune', 'epochs': 1, 'reducer': {'name': 'none'}},
+    {'name': 'soft', 'epochs': 1, 'init': 'tune', 'reducer': {'mode': 'soft'}},
+    {'name': 'hard', 'epochs': 1, 'init': 'soft', 'train': 'encoder/.*|head/.*', 'reducer': {'mode': 'hard'}},
+  )
+  outcome = train.run(wanted, tmp_path)
+  assert outcome['stages']['hard']['fields']['ltp']['scale'] > 0
+  assert outcome['mac_ratio'] == pytest.approx(0.6, abs=0.06)  # on other documents than it was calibrated on
+  assert {row['stage'] for row in lines(tmp_path, 'train')} == {'tune', 'soft', 'hard'}
+
+
+def test_the_scale_is_searched_only_where_validation_misses_the_budget():
+  def costs(scale):
+    return max(1 / (1 + scale), 0.3)
+
+  asked = []
+  validation = SimpleNamespace(
+    mac_ratio=lambda controls: asked.append(controls['scale']) or costs(controls['scale'])
+  )
+  assert ltp.calibrated(0.5, 1.0, validation) == 1.0 and asked == [1.0]
+  assert costs(ltp.calibrated(0.4, 1.0, validation)) == pytest.approx(0.4, abs=0.005)
+  assert costs(ltp.calibrated(0.9, 1.0, validation)) == pytest.approx(0.9, abs=0.005)
+  with pytest.raises(UserError, match='0.2.*at least 0.3'):
+    ltp.calibrated(0.2, 1.0, validation)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'target_macs': 1.2}, 'target_macs is 1.2'),
+    ({'target_macs': -0.1}, 'target_macs is -0.1'),
+    ({'target_macs': 0.1}, 'no threshold reaches.*at least 0.33'),
+    ({'temperature': 0.0}, 'temperature is 0.0'),
+    ({'mode': 'weak'}, "mode is 'weak'; choose one of hard, soft"),
+    ({'score_norm': 'mean'}, "score_norm is 'mean'"),
+    ({'soft_form': 'no'}, "soft_form is 'no'"),
+    ({'scale': -1.0}, 'scale is -1.0'),
+    ({'capacities': (0.5,)}, 'capacities needs 4 shares'),
+  ],
+)
+def test_settings_out_of_range_are_refused(fields, words):
+  with pytest.raises(UserError, match=words):
+    models.make_reducer({'name': 'ltp', **fields}).check(4, 4)

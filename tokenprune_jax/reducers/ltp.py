@@ -1,0 +1,225 @@
+"""Learned token pruning: thresholds on attention received, learned by layer (LTP; arXiv 2107.00910, section 3).
+
+  a_j     = mean over heads of sum_i A_hij                      s_j = a_j / norm
+  theta_l = scale (threshold (l - 1) / L + delta_l / 128)       delta learned, 0 at the start
+  hard    M_j = [s_j >= max(theta_l, 1e-5)]                     the others leave, as in threshold.py
+  soft    M_j = sigmoid((s_j - theta_l) / temperature)
+  loss  + weight sum_l mean_j M_j                               or, where a budget is asked for,
+        + weight (MACs / dense MACs - target_macs)^2            of hard masks that have the gradient of soft ones
+
+Stages: the model is fine-tuned; mode 'soft' learns thresholds with it; mode 'hard' trains it further under fixed ones. What
+validation and inference see is always hard. Scores of norm 'received' are in units of 1/128 of attention received, the
+official code's own where a text is padded to 128; its `per_padded_token` follows the padding, its paper's `per_live_token`
+prunes long inputs much harder. Reconstructed here: a soft mask goes into the stream (seen and updated), so that the hard one
+is its limit; the official code multiplies the layer's output instead (`soft_form='output'`). [CLS] is protected (`protect`).
+
+Controls of a request: `threshold`, `scale` [b], in place of the fields.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tokenprune_jax import schedule
+from tokenprune_jax.attention import Evidence
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
+from tokenprune_jax.reducers import threshold
+from tokenprune_jax.tokens import Tokens, leave
+
+TINY: dict = {'threshold': 0.015}
+NEUTRAL: dict = {'threshold': 0.0, 'scale': 0.0}
+NORMS = ('received', 'per_live_token', 'per_padded_token')
+SOFT_FORMS = ('stream', 'output')
+LOWEST = 1e-5  # of a hard threshold: a token that receives nothing leaves wherever a layer prunes
+CLOSE = 0.005  # to the budget: nothing is left to calibrate
+SEARCH = 12  # bisections of the scale
+FURTHEST = 1e4
+
+
+def hard_mask(score: Float[Array, 'b n'], theta: Float[Array, 'b 1']) -> Float[Array, 'b n']:
+  """1 where a token stays."""
+  return (score >= jnp.maximum(theta, LOWEST)).astype(score.dtype)
+
+
+def soft_mask(
+  score: Float[Array, 'b n'], theta: Float[Array, 'b 1'], temperature: float
+) -> Float[Array, 'b n']:
+  """How much a token stays."""
+  return jax.nn.sigmoid((score - theta) / temperature)
+
+
+def straight_through(hard: Float[Array, '*b'], soft: Float[Array, '*b']) -> Float[Array, '*b']:
+  """The value of `hard` with the gradient of `soft`."""
+  return hard + (soft - jax.lax.stop_gradient(soft))
+
+
+def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
+  """The scale at which validation meets the budget, where there is one; then capacities, where a rate is given."""
+  found: dict[str, Any] = {}
+  if fields.get('target_macs'):
+    found['scale'] = calibrated(fields['target_macs'], fields.get('scale', 1.0), validation)
+  if fields.get('overflow_rate'):
+    controls = {'scale': found['scale']} if found else {}
+    found['capacities'] = validation.capacities(lambda trace: trace.rows, fields['overflow_rate'], controls)
+  return found
+
+
+def calibrated(target: float, scale: float, validation: Any) -> float:
+  """A factor of all thresholds at which validation costs `target` of dense's MACs; `scale`, where it does already."""
+  if abs(validation.mac_ratio({'scale': scale}) - target) <= CLOSE:
+    return scale
+  low, high = 0.0, max(scale, 0.1)
+  while (reached := validation.mac_ratio({'scale': high})) > target:
+    low, high = high, 4 * high
+    if high > FURTHEST:
+      raise UserError(
+        f'reducer.target_macs is {target}, but on the validation split at least {reached:.3f} of the dense multiply-adds '
+        'are left whatever the thresholds: protected tokens stay, and the first layer runs whole. Ask for more.'
+      )
+  for _ in range(SEARCH):
+    middle = (low + high) / 2
+    low, high = (middle, high) if validation.mac_ratio({'scale': middle}) > target else (low, middle)
+  return (low + high) / 2
+
+
+class Deltas(nn.Module):
+  """What is learned of the thresholds [L]; 1 is the attention that a token receives on average."""
+
+  @nn.compact
+  def __call__(self, depth: int) -> Float[Array, ' L']:
+    return self.param('delta', nn.initializers.zeros, (depth,))
+
+
+class Method(Reducer):
+  """Removes tokens that receive less attention than their layer's learned threshold."""
+
+  threshold: float = 0.01  # of the last layer at the start, by norm
+  mode: str = 'hard'  # or 'soft', in which thresholds are learned
+  temperature: float = 1e-3  # of the soft mask, in the unit of the scores
+  weight: float = 0.1  # of the loss on masks, or on the budget
+  target_macs: float = (
+    0.0  # the budget, as a share of dense's multiply-adds; 0: none, masks are pushed down by `weight` alone
+  )
+  scale: float = 1.0  # factor of all thresholds: how a trained model meets its budget
+  score_norm: str = 'received'  # or 'per_live_token', 'per_padded_token'
+  soft_form: str = 'stream'  # or 'output'
+  protect: bool = True  # [CLS], which the official code does not
+  first_layer: bool = False  # whether the first layer prunes too, where its delta is not 0
+  capacities: tuple[float, ...] = ()  # by layer, share of the padded length that survivors are gathered into
+  overflow_rate: float = (
+    0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
+  )
+
+  def check(self, depth: int, heads: int) -> None:
+    for key, low in (('threshold', 0), ('scale', 0), ('weight', 0)):
+      if not getattr(self, key) >= low:
+        raise UserError(f'reducer.{key} is {getattr(self, key)}; expected {low} or more')
+    if not self.temperature > 0:
+      raise UserError(f'reducer.temperature is {self.temperature}; expected a number above 0')
+    for key, value, choices in (
+      ('mode', self.mode, ('hard', 'soft')),
+      ('score_norm', self.score_norm, NORMS),
+      ('soft_form', self.soft_form, SOFT_FORMS),
+    ):
+      if value not in choices:
+        raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
+    if self.target_macs:
+      schedule.check_budget('reducer.target_macs', self.target_macs, depth)
+    schedule.check_capacities(self.capacities, self.overflow_rate, depth)
+
+  def setup(self):
+    self.learned = Deltas()
+
+  def soft(self) -> bool:
+    return self.mode == 'soft'  # the scores need a gradient under either form
+
+  def pruned(self, depth: int) -> tuple[int, ...]:
+    """The layers that prune."""
+    return tuple(range(1 if self.first_layer else 2, depth + 1))
+
+  def decides(self, depth: int) -> tuple[Half, ...]:
+    return tuple(Half(l, True) for l in self.pruned(depth))
+
+  def reads(self, layer: int) -> tuple[str, ...]:
+    return ('received',) if layer > 1 or self.first_layer else ()
+
+  def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
+    b = inputs.ids.shape[0]
+    base, scale = (
+      inputs.controls.get(name, jnp.full(b, value)).astype(jnp.float32)[:, None]
+      for name, value in (('threshold', self.threshold), ('scale', self.scale))
+    )
+    rising = base * jnp.arange(inputs.depth) / inputs.depth
+    memory = {
+      'thresholds': scale * (rising + self.learned(inputs.depth) / threshold.REFERENCE),
+      'layers_run': jnp.zeros(b, jnp.int32),
+    }
+    if self.protect:
+      tokens = tokens.replace(protected=tokens.protected | (tokens.position == 0))
+    if self.mode == 'soft':
+      memory |= {'training': jnp.full(b, float(train)), 'real': inputs.mask.sum(-1).astype(jnp.float32)}
+      if train and not self.target_macs:
+        memory['loss'] = jnp.zeros(())
+      if train and self.target_macs:
+        memory |= {'mac_target': jnp.asarray(self.target_macs), 'mac_weight': jnp.asarray(self.weight)}
+    return tokens, memory
+
+  def norm(self, tokens: Tokens) -> Float[Array, '#b 1'] | float:
+    """What attention received is divided by."""
+    if self.score_norm == 'received':
+      return float(threshold.REFERENCE)
+    if self.score_norm == 'per_padded_token':
+      return float(tokens.length)
+    return jnp.maximum((tokens.updated > 0).sum(-1, keepdims=True), 1).astype(jnp.float32)
+
+  def after_attention(
+    self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
+  ) -> tuple[Tokens, Memory]:
+    n, theta = tokens.x.shape[1] - tokens.added, threshold.now(memory)
+    memory = {**memory, 'layers_run': memory['layers_run'] + 1}
+    if n == 0 or (layer == 1 and not self.first_layer):
+      return tokens, memory
+    assert evidence.received is not None  # `reads` asked for it
+    score, guarded = evidence.received.mean(axis=1)[:, :n] / self.norm(tokens), tokens.protected[:, :n]
+    idle = (
+      theta == 0 if layer == 1 else jnp.zeros_like(theta, bool)
+    )  # a first layer that learned nothing keeps all
+    hard = jnp.where(guarded | idle, 1, hard_mask(score, theta))
+    if self.mode == 'hard':
+      stay = (tokens.updated[:, :n] > 0) & (hard > 0)
+      room = schedule.places(self.capacities[layer - 1], tokens.length) if self.capacities else None
+      return leave(tokens, stay, score, 'gone', room), memory
+    spared = guarded & (
+      self.protect or self.soft_form == 'stream'
+    )  # what only scales an output may scale any
+    soft = jnp.where(spared | idle, 1, soft_mask(score, theta, self.temperature))
+    live = (tokens.size[:, :n] > 0).astype(soft.dtype)
+    if 'loss' in memory:
+      share = (
+        soft.mean(-1) if self.score_norm == 'per_padded_token' else (soft * live).sum(-1) / memory['real']
+      )
+      memory['loss'] += self.weight * jnp.where(idle[:, 0], 0, share).mean()
+    if self.target_macs:
+      soft = straight_through(hard, soft)
+    mask = jnp.where(memory['training'][:, None] > 0, soft, hard)
+    return self.masked(tokens, memory, jnp.pad(mask, ((0, 0), (0, tokens.added)), constant_values=1))
+
+  def masked(self, tokens: Tokens, memory: Memory, mask: Float[Array, 'b n']) -> tuple[Tokens, Memory]:
+    """A soft mask in the stream; or, until the layer's output is there, in memory."""
+    if self.soft_form == 'stream':
+      seen = tokens.seen * (mask if tokens.seen.ndim == 2 else mask[:, None])
+      return tokens.replace(seen=seen, updated=tokens.updated * mask), memory
+    hard = (memory['training'][:, None] == 0) * (1 - mask)  # outside training tokens do leave
+    tokens = tokens.replace(seen=tokens.seen * (1 - hard), updated=tokens.updated * (1 - hard))
+    return tokens, {**memory, 'mask': mask}
+
+  def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
+    if not train or 'mask' not in memory:
+      return tokens, memory
+    memory = dict(memory)
+    return tokens.replace(x=tokens.x * memory.pop('mask')[..., None]), memory
