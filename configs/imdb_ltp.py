@@ -2,7 +2,7 @@
 
     python main.py --config=configs/imdb_ltp.py --workdir=runs/imdb_ltp --config.reducer.target_macs=0.4
 
-A budget (a share of dense's multiply-adds, 0.5 by default) is what thresholds are trained for, and what the model costs on the
+A budget (a share of dense MACs, 0.5 by default) is what thresholds are trained for, and what the model costs on the
 validation split. Variants and weights after a colon: `:budget` (default), `:l1` (no budget; `reducer.weight` pushes masks
 down) or `:official` (the released code's normalisation and soft masks, for 128 tokens), and `:budget,mpnet-base`.
 """
