@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 LIGHT = {'received', 'first_row'}  # evidence that needs no whole attention map
 PASS = 128  # queries of one pass over the keys
@@ -18,11 +18,13 @@ EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything
 class Evidence(NamedTuple):
   """What attention hands a method, only what its `reads` names, before dropout, in the stream's coordinates.
 
-  received [b h n]: weights summed over updated queries; 0 where unseen. entropy [b h n]: entropy in nats of how that
-  attention spreads over the queries. first_row [b h n]: the weights of query 0 ([CLS]). weights [b h n n]: all.
+  received [b h n]: weights summed over updated queries; 0 where unseen. own [b h n]: what a slot gives to itself.
+  entropy [b h n]: entropy in nats of how that attention spreads over the queries. first_row [b h n]: the weights of
+  query 0 ([CLS]). weights [b h n n]: all.
   """
 
   received: Array | None = None
+  own: Array | None = None
   entropy: Array | None = None
   first_row: Array | None = None
   weights: Array | None = None
@@ -59,9 +61,15 @@ hard_weights.defvjp(_hard_weights_forward, _hard_weights_backward)
 
 
 def read(
-  weights: Float[Array, '*b h q k'], updated: Float[Array, '*b q'], reads: tuple[str, ...]
+  weights: Float[Array, '*b h q k'],
+  updated: Float[Array, '*b q'],
+  reads: tuple[str, ...],
+  own: Bool[Array, '*b #h q k'] | None = None,
 ) -> dict[str, Array]:
-  """The evidence named in `reads`, keys in the order of `weights`. updated: 1 at queries that count, 0 at padding."""
+  """The evidence named in `reads`, keys in the order of `weights`. updated: 1 at queries that count, 0 at padding.
+
+  own: where query and key are the same slot; None: the i-th query is the i-th key.
+  """
   found = {}
   if 'received' in reads or 'entropy' in reads:
     received = over_queries(weights, updated)
@@ -70,6 +78,11 @@ def read(
     surprise = over_queries(weights * jnp.log(weights + EPSILON), updated)
     total = received + EPSILON
     found['entropy'] = jnp.maximum(jnp.log(total) - surprise / total, 0.0)
+  if 'own' in reads:
+    if own is None:
+      found['own'] = jnp.diagonal(weights, axis1=-2, axis2=-1) * updated[..., None, :]
+    else:
+      found['own'] = (weights * own * updated[..., None, :, None]).sum(-2)
   if 'first_row' in reads:
     found['first_row'] = weights[..., 0, :]
   if 'weights' in reads:
@@ -105,12 +118,13 @@ def mix(
   bias: Float[Array, '#b #h q k'] | None,
   rng: Array | None,
   how: Mixing,
+  own: Bool[Array, 'b #h q k'] | None = None,
 ) -> tuple[Float[Array, 'b h q e'], dict[str, Array]]:
   """Scaled dot-product attention: (mixed values, the evidence that `how.reads` names).
 
   seen: how much each key is attended to; updated: 1 at queries that count in the evidence. bias: added to the scores.
   rng: key of the dropout on the weights, when `how.dropout` > 0; evidence comes before it. Evidence has a gradient
-  where masks are soft.
+  where masks are soft. own: see `read`.
   """
   if (
     how.kernel != 'plain'
@@ -121,7 +135,7 @@ def mix(
     return fused(query, key, value, seen, bias, how.kernel), light(query, key, seen, updated, bias, how.reads)
   scores = scaled_scores(query, key, bias)
   weights = (soft_weights if how.soft else hard_weights)(scores, seen[..., None, :])
-  found = read(weights if how.soft else jax.lax.stop_gradient(weights), updated, how.reads)
+  found = read(weights if how.soft else jax.lax.stop_gradient(weights), updated, how.reads, own)
   if how.dropout and rng is not None:
     keep = jax.random.bernoulli(rng, 1 - how.dropout, weights.shape)
     weights = jnp.where(keep, weights / (1 - how.dropout), 0)

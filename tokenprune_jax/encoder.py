@@ -24,6 +24,7 @@ PASSES = {
   'received': 1,
   'entropy': 2,
   'first_row': 0,
+  'own': 0,
   'weights': 0,
 }  # sums over an attention map that evidence takes
 
@@ -155,6 +156,16 @@ def pick_bias(bias, queries: Array | None, keys: Array | None):
   return bias
 
 
+def own_places(queries: Array | None, keys: Array | None, n: int) -> Array | None:
+  """[b #h q k] bool: where a query row [b q] and a key column [b #h k] that were gathered are one slot of n; None: i is i."""
+  if queries is None and keys is None:
+    return None
+  every = jnp.arange(n)[None]
+  rows = (every if queries is None else queries)[:, None, :, None]
+  columns = (every[:, None] if keys is None else keys)[:, :, None, :]
+  return rows == columns
+
+
 def in_stream(found: dict[str, Array], kept: Array | None) -> Evidence:
   """Evidence in the coordinates of the stream, whatever keys were gathered; keys without a place read 0."""
   if kept is None:
@@ -221,6 +232,7 @@ class Block(nn.Module):
       pick_bias(bias, rows.place, index),
       self.make_rng('dropout') if dropout else None,
       attention.Mixing(reads, self.soft, dropout, self.config.kernel),
+      own_places(rows.place, index, tokens.x.shape[1]) if 'own' in reads else None,
     )
     change = self.drop(self.out(mixed.swapaxes(1, 2).reshape(rows.x.shape)), deterministic=not train)
     x = self.residual(rows, change, self.attention_norm)

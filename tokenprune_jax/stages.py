@@ -11,6 +11,7 @@ fields: the method's spec as the stage was trained. `apply(params, batch, rng)` 
 and metrics are means over the batch's rows by `batch['weight']`.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -34,6 +35,7 @@ class Validation(NamedTuple):
 
   apply: Callable[..., Output]  # (batch)
   batches: Callable[[], Iterable[dict[str, jax.Array]]]
+  reducer: Callable[[], Any] = dict  # () -> the trained parameters of the method that asks
 
   def controlled(self, controls: Mapping[str, float]) -> Iterator[tuple[Output, dict[str, jax.Array]]]:
     """(output, batch) of every batch, all examples with the same controls."""
@@ -98,10 +100,11 @@ def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task
 def finish(spec: Mapping[str, Any], validation: Validation) -> dict[str, dict[str, Any]]:
   """{reducer: fields} that the stage's reducers hand on."""
   fields = {}
-  for member in members(spec):
+  for path, member in placed(spec):
     end = getattr(module(member['name']), 'finish', None)
     if end is not None:
-      fields[member['name']] = end(member, validation)
+      own = functools.partial(lambda path: at(validation.reducer(), path), path)
+      fields[member['name']] = end(member, validation._replace(reducer=own))
   return fields
 
 
@@ -110,9 +113,27 @@ def module(name: str) -> ModuleType:
   return importlib.import_module(f'{reducers.__name__}.{name}')
 
 
+def placed(
+  spec: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
+  """(where its parameters lie, spec) of a reducer and, in a chain, of its members."""
+  inside = enumerate(spec.get('reducers', ()))
+  return [
+    (path, spec),
+    *(found for i, member in inside for found in placed(member, (*path, f'reducers_{i}'))),
+  ]
+
+
+def at(params: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
+  """A part of a parameter tree; empty where there is none."""
+  for name in path:
+    params = params.get(name, {})
+  return params
+
+
 def members(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
   """A reducer's spec and, in a chain, those of its members."""
-  return [spec, *(inner for member in spec.get('reducers', ()) for inner in members(member))]
+  return [member for _, member in placed(spec)]
 
 
 def names(spec: Mapping[str, Any]) -> list[str]:

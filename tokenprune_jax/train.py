@@ -329,4 +329,5 @@ def validation(session: Session, model: Classifier, params: Callable[[], Any]) -
   return stages.Validation(
     lambda batch: forward(params(), batch),
     lambda: (sharding.global_batch(batch, place) for batch in plan.iterator(0)),
+    lambda: sharding.to_host(params().get('reducer', {}), session.mesh),
   )
