@@ -1,0 +1,49 @@
+"""The half-depth student: its loss against a loop, its two stages, and what is refused."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny_run import config as tiny_config
+from tests.tiny_run import lines
+from tokenprune_jax import models, train
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducers import student
+
+
+def test_divergence_is_that_of_softened_logits():
+  rng = np.random.default_rng(0)
+  teacher, pupil = rng.normal(size=(2, 3, 4)).astype(np.float32)
+  for row, found in enumerate(student.divergence(jnp.asarray(teacher), jnp.asarray(pupil))):
+    p, q = (np.exp(x[row] / 2) / np.exp(x[row] / 2).sum() for x in (teacher, pupil))
+    assert float(found) == pytest.approx(4 * sum(a * math.log(a / b) for a, b in zip(p, q)), rel=1e-4)
+
+
+def test_a_student_is_distilled_from_the_stage_before(tmp_path):
+  wanted = tiny_config(
+    reducer={'name': 'student', 'layers': (1, 4)},
+    model__weights='random:bert:layers=4,width=32,heads=2,hidden=64,vocab=256',
+  )
+  wanted['stages'] = (
+    {'name': 'tune', 'epochs': 1, 'reducer': {'name': 'none'}},
+    {'name': 'distil', 'epochs': 2, 'init': 'tune', 'teacher': 'tune', 'objective': 'distil'},
+  )
+  outcome = train.run(wanted, tmp_path)
+  assert outcome['mac_ratio'] == pytest.approx(0.5, abs=0.01)
+  rows = [row for row in lines(tmp_path, 'train') if row['stage'] == 'distil']
+  assert rows[-1]['distil_loss'] < rows[0]['distil_loss']
+
+
+def test_without_a_teacher_it_is_refused(tmp_path):
+  wanted = tiny_config(reducer={'name': 'student', 'layers': (1,)})
+  wanted['stages'] = ({'name': 'distil', 'objective': 'distil'},)
+  with pytest.raises(UserError, match="'distil' needs a teacher"):
+    train.run(wanted, tmp_path)
+
+
+@pytest.mark.parametrize('layers', [(0, 1), (2, 1), (1, 7), (1, 1)])
+def test_layers_that_the_teacher_has_not_are_refused(layers):
+  with pytest.raises(UserError, match='which has 1 to 4'):
+    models.make_reducer({'name': 'student', 'layers': layers}).check(4, 4)
