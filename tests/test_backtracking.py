@@ -1,0 +1,100 @@
+"""Back-tracking against the official code's own numbers, and what holds for every plan."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenprune_jax import backtracking
+
+G = np.load(pathlib.Path(__file__).parent / 'golden' / 'backtracking.npz')
+
+
+def counts_of(values, rows=1):
+  return [jnp.full(rows, int(value)) for value in values]
+
+
+def test_the_golden_plan_of_top_k():
+  maps = [jnp.asarray(weights)[None] for weights in G['golden_abt.attn_mean']]
+  plan = backtracking.top_k(
+    maps, jnp.ones((1, 5), bool), counts_of(G['golden_abt.ks']), float(G['golden_abt.p'])
+  )
+  np.testing.assert_array_equal(plan[0, :2], G['golden_abt.keep_mask'])
+  np.testing.assert_array_equal(plan[0, 2], [1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(('tag', 'mix'), [('p01', 0.1), ('p00', 0.0), ('p05', 0.5), ('p10', 1.0)])
+def test_top_k_is_the_official_plan(tag, mix):
+  maps = [jnp.asarray(weights)[None] for weights in G['abt.attn_headmean']]
+  every = jnp.ones((1, maps[0].shape[-1]), bool)  # the official function does not look at its mask
+  plan = backtracking.top_k(maps, every, counts_of(G['abt.kcount']), mix)
+  np.testing.assert_array_equal(plan[0], G[f'abt.keep_mask_{tag}'])
+
+
+@pytest.mark.parametrize('name', ['concrete_thetam0p5', 'concrete_thetam1p5'])
+def test_the_golden_concrete_plan(name):
+  scores = [jnp.asarray(layer)[None, None] for layer in G[f'golden_{name}.scores']]
+  theta = jnp.asarray(G[f'golden_{name}.theta'])
+  plan, ranks = backtracking.concrete(scores, jnp.ones((1, 5), bool), theta)
+  np.testing.assert_allclose(ranks[0], G[f'golden_{name}.u'], atol=2e-6)
+  np.testing.assert_allclose(plan[0, :2], G[f'golden_{name}.mask_soft'], atol=1e-5)
+  np.testing.assert_array_equal(plan[0, :2] >= 0.5, G[f'golden_{name}.mask_hard'] > 0)
+
+
+@pytest.mark.parametrize('tag', ['neg15', 'neg05', 'zero', 'mixed'])
+def test_concrete_is_the_official_plan(tag):
+  scores, valid = (
+    [jnp.asarray(layer) for layer in G['concrete.scores']],
+    jnp.asarray(G['concrete.key_mask'] > 0),
+  )
+  theta = jnp.asarray(G[f'concrete.theta_{tag}'])
+  plan, ranks = backtracking.concrete(scores, valid, theta)
+  np.testing.assert_allclose(np.swapaxes(ranks, 0, 1), G[f'concrete.u_{tag}'], atol=2e-6)
+  np.testing.assert_allclose(np.swapaxes(plan, 0, 1), G[f'concrete.mask_soft_{tag}'], atol=1e-5)
+  hard = np.asarray(plan) >= 0.5
+  np.testing.assert_array_equal(np.swapaxes(hard, 0, 1), G[f'concrete.mask_hard_{tag}'] > 0)
+  for layer in range(len(scores)):  # in closed form: needed above, or ranked at least sigmoid(-theta)
+    closed = hard[:, layer + 1] | (np.asarray(ranks[:, layer]) >= jax.nn.sigmoid(-theta[layer]))
+    np.testing.assert_array_equal(hard[:, layer], closed & np.asarray(valid))
+
+
+def random_maps(lengths, n, layers=3, heads=2):
+  rng = np.random.default_rng(0)
+  valid = np.arange(n)[None] < np.array(lengths)[:, None]
+  scores = rng.normal(size=(layers, len(lengths), heads, n, n)).astype(np.float32) * 2
+  return [jnp.asarray(layer) for layer in scores], jnp.asarray(valid)
+
+
+def test_plans_shrink_upwards_and_hold_no_padding():
+  scores, valid = random_maps((12, 7, 1), 12)
+  weights = [jax.nn.softmax(jnp.where(valid[:, None, None], layer, -1e9), -1).mean(1) for layer in scores]
+  counts = [jnp.array([5, 3, 1])] * 3
+  for plan in (
+    backtracking.top_k(weights, valid, counts),
+    backtracking.concrete(scores, valid, jnp.zeros(3))[0],
+  ):
+    assert (np.diff(np.asarray(plan), axis=1) <= 1e-7).all()
+    assert (np.asarray(plan) * ~np.asarray(valid)[:, None] == 0).all()
+    np.testing.assert_array_equal(plan[:, -1], np.eye(1, 12).repeat(3, 0))
+    assert (np.asarray(plan)[:, :, 0] == 1).all()
+
+
+def test_batch_mates_and_padding_change_nothing():
+  scores, valid = random_maps((12, 7), 12)
+  plan, _ = backtracking.concrete(scores, valid, jnp.full(3, -0.5))
+  alone, _ = backtracking.concrete(
+    [layer[1:, :, :7, :7] for layer in scores], valid[1:, :7], jnp.full(3, -0.5)
+  )
+  np.testing.assert_allclose(plan[1, :, :7], alone[0], atol=1e-6)
+
+
+def test_thresholds_have_a_gradient_everywhere():
+  scores, valid = random_maps((12, 7, 1), 12)
+
+  def kept(theta):
+    return backtracking.concrete(scores, valid, theta)[0].sum()
+
+  gradient = jax.grad(kept)(jnp.full(3, -0.5))
+  assert np.isfinite(gradient).all() and (np.asarray(gradient) >= 0).all() and float(gradient.sum()) > 0
