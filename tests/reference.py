@@ -48,6 +48,7 @@ def apply(model, params, batch, train=False, rngs=None):
 
 def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
   """A model and parameters far from their initial values, so that no two tokens look alike."""
+  kwargs.setdefault('readout', getattr(module(spec['name']), 'READOUT', 'mean'))
   model = Classifier(config, make_reducer(spec), labels=3, **kwargs).check()
   rng = np.random.default_rng(seed + 1)
   params = jax.tree.map(
@@ -59,7 +60,12 @@ def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
 
 def settings(name, which):
   """A method's spec with its own settings TINY or NEUTRAL."""
-  return {'name': name, **getattr(importlib.import_module(f'tokenprune_jax.reducers.{name}'), which)}
+  return {'name': name, **getattr(module(name), which)}
+
+
+def module(name):
+  """The file of a method."""
+  return importlib.import_module(f'tokenprune_jax.reducers.{name}')
 
 
 def dot_macs(hlo):

@@ -20,7 +20,7 @@ class Evidence(NamedTuple):
 
   received [b h n]: weights summed over updated queries; 0 where unseen. own [b h n]: what a slot gives to itself.
   entropy [b h n]: entropy in nats of how that attention spreads over the queries. first_row [b h n]: the weights of
-  query 0 ([CLS]). weights [b h n n]: all.
+  query 0 ([CLS]). weights [b h n n]: all. scores [b h n n]: before the softmax.
   """
 
   received: Array | None = None
@@ -28,6 +28,7 @@ class Evidence(NamedTuple):
   entropy: Array | None = None
   first_row: Array | None = None
   weights: Array | None = None
+  scores: Array | None = None
 
 
 def soft_weights(scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']) -> Float[Array, '*b q k']:
@@ -136,6 +137,8 @@ def mix(
   scores = scaled_scores(query, key, bias)
   weights = (soft_weights if how.soft else hard_weights)(scores, seen[..., None, :])
   found = read(weights if how.soft else jax.lax.stop_gradient(weights), updated, how.reads, own)
+  if 'scores' in how.reads:
+    found['scores'] = scores if how.soft else jax.lax.stop_gradient(scores)
   if how.dropout and rng is not None:
     keep = jax.random.bernoulli(rng, 1 - how.dropout, weights.shape)
     weights = jnp.where(keep, weights / (1 - how.dropout), 0)

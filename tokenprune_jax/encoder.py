@@ -26,6 +26,7 @@ PASSES = {
   'first_row': 0,
   'own': 0,
   'weights': 0,
+  'scores': 0,
 }  # sums over an attention map that evidence takes
 
 
@@ -305,7 +306,10 @@ class Encoder(nn.Module):
     b, length = inputs.ids.shape
     tokens, memory = self.begin(inputs, train)
     slots = inputs.mask.sum(-1, dtype=jnp.float32) + tokens.added
-    bias, overflow, counts = self.relative_bias(tokens), jnp.zeros(b, bool), {}
+    overflow, counts = jnp.zeros(b, bool), {}
+    if self.executor == 'compact':
+      tokens, overflow = stream.compress(tokens)
+    bias = self.relative_bias(tokens)
     for half in self.halves():
       counts[half] = self.count(tokens, half)
       tokens, memory, bias, lost = self.advance(tokens, memory, bias, half, train)

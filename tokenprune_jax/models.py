@@ -119,6 +119,10 @@ class Classifier(nn.Module):
     ):
       if value not in choices:
         raise UserError(f'{key} is {value!r}; choose one of {", ".join(choices)}')
+    if self.readout not in self.reducer.readouts():
+      raise UserError(
+        f'task.readout is {self.readout!r}, but this method leaves tokens for {", ".join(self.reducer.readouts())} only'
+      )
     self.reducer.check(self.config.depth, self.config.heads)
     return self
 
@@ -126,7 +130,9 @@ class Classifier(nn.Module):
   def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
     encoder = Encoder(self.config, self.reducer, self.executor, self.readout == 'cls', name='encoder')
     controls = dict(batch.get('controls', {}))
-    inputs = Inputs(batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config.depth)
+    inputs = Inputs(
+      batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config.depth, self.config
+    )
     tokens, memory, trace = encoder(inputs, train)
     logits = Head(self.config, self.labels, self.head, name='head')(read_out(tokens, self.readout), train)
     if 'exited' in memory:

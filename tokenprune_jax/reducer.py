@@ -11,7 +11,7 @@ arrays with leading axis b in original-position indexing. Entries of `memory` th
   logits [b e c]: of all exits, for a training objective.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
   """What a method may know of the raw input: ids [b n], mask [b n] bool, types [b n], controls {name: [b]}.
 
   controls: what may change from request to request without compiling again. labels: the number of classes c.
-  depth: of the encoder.
+  encoder: its `EncoderConfig`; depth: of it.
   """
 
   ids: Array
@@ -36,6 +36,7 @@ class Inputs(NamedTuple):
   controls: dict[str, Array]
   labels: int = 0
   depth: int = 0
+  encoder: Any = None
 
 
 class Half(NamedTuple):
@@ -59,6 +60,10 @@ class Reducer(nn.Module):
   def check(self, depth: int, heads: int) -> None:
     """Raises UserError where a setting does not fit an encoder of `depth` layers."""
 
+  def readouts(self) -> tuple[str, ...]:
+    """The read-outs that it leaves enough tokens for."""
+    return ('cls', 'mean')
+
   def soft(self) -> bool:
     """True while masks are soft and the task's gradient has to reach them."""
     return False
@@ -68,7 +73,10 @@ class Reducer(nn.Module):
     return tuple(range(1, depth + 1))
 
   def decides(self, depth: int) -> tuple[Half, ...]:
-    """Where examples of one length may differ in what is left of them: there `serve` counts and regroups."""
+    """Where examples of one length may differ in what is left of them: there `serve` counts and regroups.
+
+    Half(0, False) stands for `start`.
+    """
     return ()
 
   def separates(self) -> bool:

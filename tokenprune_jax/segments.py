@@ -74,7 +74,7 @@ def cut(model: Classifier) -> tuple[Segment, ...]:
   """The segments of a model, in order."""
   encoder = make_encoder(model)
   halves, cuts = encoder.halves(), set(model.reducer.decides(model.config.depth))
-  pieces: list[list[Half]] = [[]]
+  pieces: list[list[Half]] = [[], []] if Half(0, False) in cuts else [[]]
   for half in halves:
     pieces[-1].append(half)
     if half in cuts and half != halves[-1]:
@@ -104,7 +104,13 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
 
   if segment.first:
     inputs = Inputs(
-      given['ids'], given['mask'], given['types'], given['controls'], model.labels, model.config.depth
+      given['ids'],
+      given['mask'],
+      given['types'],
+      given['controls'],
+      model.labels,
+      model.config.depth,
+      model.config,
     )
     tokens, memory = call('begin', inputs, False, length)
   else:

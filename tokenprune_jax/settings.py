@@ -81,6 +81,7 @@ STAGE: dict[str, Any] = {
   'objective': 'default',  # or the name of one that the stage's reducer brings
   'teacher': '',  # an earlier stage whose model is frozen beside this one
   'epochs': 2,
+  'checkpoint': 'best',  # that it hands on, by validation loss; or 'last', where that loss does not see what it trains
   'reducer': {},  # fields that differ from config.reducer; in a chain {'fuzzy': {'ratio': 0.8}}
 }
 
@@ -163,6 +164,7 @@ RULES: dict[str, Rule] = {
   'stages[].name': NAME,
   'stages[].train': REGEX,
   'stages[].epochs': at_least(1),
+  'stages[].checkpoint': one_of('best', 'last'),
 }
 
 TYPES = {

@@ -71,10 +71,10 @@ class Position:
     """Step of the run."""
     return self.start + self.step
 
-  def judge(self, loss: float) -> None:
-    """Takes note of a validation's loss."""
+  def judge(self, loss: float, last: bool = False) -> None:
+    """Takes note of a validation's loss. last: the newest checkpoint is taken for the best."""
     self.validated = self.step
-    if self.best_loss is None or loss < self.best_loss:
+    if last or self.best_loss is None or loss < self.best_loss:
       self.best_loss, self.best_step, self.worse = loss, self.total, 0
     else:
       self.worse += 1
@@ -202,7 +202,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
         values, _ = result.evaluated(session, model, optim.merge(state['trained'], frozen), 'valid')
       if values is not None:
         recorder.validated(position.step, values)
-        position.judge(values['loss'])
+        position.judge(values['loss'], stage['checkpoint'] == 'last')
         save()
         saved_step = position.step
     if stop.requested(position.total):

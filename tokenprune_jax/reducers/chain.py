@@ -24,6 +24,10 @@ class Method(Reducer):
     for reducer in self.reducers:
       reducer.check(depth, heads)
 
+  def readouts(self) -> tuple[str, ...]:
+    left = [reducer.readouts() for reducer in self.reducers]
+    return tuple(name for name in super().readouts() if all(name in names for names in left))
+
   def soft(self) -> bool:
     return any(reducer.soft() for reducer in self.reducers)
 

@@ -1,0 +1,179 @@
+"""STTABT against the official code's whole small model and its distillation, and its stages end to end."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.reference import apply
+from tests.tiny_run import config as tiny_config
+from tests.tiny_run import lines
+from tokenprune_jax import conversion, models, train
+from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducers import sttabt
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+RNGS = {'dropout': jax.random.key(0), 'reduce': jax.random.key(1)}
+
+
+def params_of(g, prefix, shape):
+  """The parameters of one of the two encoders, its pooler and classifier included."""
+  tensors = {
+    (name if name.startswith(f'{prefix}.classifier') else f'{prefix}.bert.{name[2:]}')[2:]: g[name]
+    for name in g.files
+    if name.startswith(f'{prefix}.')
+  }
+  found = conversion.to_params(shape, tensors, dict.fromkeys(tensors, 'golden'), 'golden', classifier=True)
+  return jax.tree.map(jnp.asarray, found)
+
+
+@pytest.fixture(scope='module')
+def official():
+  """(vectors, model maker, parameters, batch)."""
+  g = np.load(GOLDEN / 'sttabt_model.npz')
+  depth, heads, width, hidden, factor, _, labels = (int(n) for n in g['cfg'])
+  shape = EncoderConfig(
+    vocab_size=len(g['w.embeddings.word_embeddings.weight']), width=width, depth=depth, heads=heads, hidden=hidden,
+    max_positions=len(g['w.embeddings.position_embeddings.weight']), dropout=0.0, attention_dropout=0.0, group_slots=0,
+  )  # fmt: skip
+  narrow = dataclasses.replace(shape, width=width // factor, hidden=hidden // factor)
+  big, small = params_of(g, 'w', shape), params_of(g, 'a', narrow)
+  approx = {'encoder': small['encoder'], 'pooler': small['head']['dense'], 'out': small['head']['out']}
+  theta = {'theta': jnp.asarray(g['theta'])}
+  params = {**big, 'reducer': {'approx': approx, 'thresholds': theta}}
+
+  def make(**fields):
+    spec = {'name': 'sttabt', 'factor': factor, 'theta': float(g['theta0']), **fields}
+    return models.Classifier(shape, models.make_reducer(spec), labels, readout='cls', head='family').check()
+
+  ids = jnp.asarray(g['input_ids'])
+  batch = {'ids': ids, 'mask': jnp.asarray(g['attention_mask'] > 0), 'types': jnp.zeros_like(ids)}
+  return g, make, params, batch
+
+
+def plan_of(output):
+  """[l b n] of what each layer took in."""
+  return np.asarray(output.trace.kept).swapaxes(0, 1)
+
+
+def test_hard_masks_answers_and_costs_are_the_official_ones(official):
+  g, make, params, batch = official
+  output = apply(make(mode='hard'), params, batch)
+  np.testing.assert_array_equal(plan_of(output), g['hard_mask_used'][:-1])
+  np.testing.assert_allclose(output.logits, g['hard_logits'], atol=1e-4)
+  sizes = g['hard_mask_used'].sum(-1).T  # [b l + 1]
+  np.testing.assert_array_equal(output.trace.keys, sizes[:, :-1])
+  np.testing.assert_array_equal(
+    output.trace.queries, sizes[:, 1:]
+  )  # rectangular: the queries of the layer above
+  np.testing.assert_array_equal(output.trace.rows, sizes[:, 1:])
+
+
+def test_in_the_hard_phase_thresholds_feel_the_regularisers_alone(official):
+  g, make, params, batch = official
+  model = make(mode='hard')
+
+  def total(theta):
+    reducer = {**params['reducer'], 'thresholds': {'theta': theta}}
+    output = model.apply({'params': {**params, 'reducer': reducer}}, batch, train=True, rngs=RNGS)
+    task = -jnp.take_along_axis(
+      jax.nn.log_softmax(output.logits), jnp.asarray(g['labels'])[:, None], 1
+    ).mean()
+    return task + output.loss, (task, output.loss)
+
+  (_, (task, extra)), gradient = jax.value_and_grad(total, has_aux=True)(
+    params['reducer']['thresholds']['theta']
+  )
+  assert float(task) == pytest.approx(float(g['hard_loss_ce']), abs=1e-4)
+  assert float(extra) == pytest.approx(float(g['hard_loss_reg'] + g['hard_loss_ratio']), rel=1e-3)
+  np.testing.assert_allclose(gradient, g['hard_grad_theta'], rtol=1e-3, atol=1e-6)
+
+
+def test_soft_masks_are_the_official_ones(official):
+  g, make, params, batch = official
+  output = apply(make(mode='soft'), params, batch, train=True, rngs=RNGS)
+  np.testing.assert_allclose(plan_of(output), g['soft_mask_used'][:-1], atol=2e-5)
+  assert float(output.loss) == pytest.approx(float(g['soft_loss_reg'] + g['soft_loss_ratio']), rel=1e-3)
+
+
+@pytest.mark.parametrize('maps', ['approx', 'self'])
+def test_top_k_with_the_approxnet_and_with_true_attention(official, maps):
+  """The oracle is an ApproxNet of the encoder's own width and weights."""
+  g, make, params, batch = official
+  fields = {'mode': 'topk', 'keep': float(g['abt_ks'][0])}
+  if maps == 'self':
+    fields['factor'] = 1
+    approx = {'encoder': params['encoder'], 'pooler': params['head']['dense'], 'out': params['head']['out']}
+    params = {**params, 'reducer': {'approx': approx}}
+  for row in range(len(batch['ids'])):
+    one = {name: values[row : row + 1] for name, values in batch.items()}
+    output = apply(make(**fields), params, one)
+    expected = g[f'abt_{maps}_keep_mask'][:-1, row]
+    np.testing.assert_array_equal(plan_of(output)[:, 0], expected)
+    np.testing.assert_allclose(output.logits[0], g[f'abt_{maps}_logits'][row], atol=1e-4)
+
+
+def test_the_parts_of_the_distillation():
+  g = np.load(GOLDEN / 'sttabt_distill.npz')
+  valid = jnp.asarray(g['attention_mask'])
+  teacher, student = jnp.asarray(g['teacher_attn']), jnp.asarray(g['student_attn'])
+  maps = np.mean([sttabt.map_divergence(a, b, valid) for a, b in zip(teacher, student)])
+  every = jnp.ones_like(valid)  # the official code compares padding too
+
+  def projected(x, name, layer=None):
+    w, b = (g[f'{name}_{part}'] if layer is None else g[f'{name}_{part}'][layer] for part in 'wb')
+    return jnp.asarray(x @ w.T + b)
+
+  states = np.mean([
+    sttabt.state_error(projected(g['student_hidden'][l], 'hid', l), jnp.asarray(g['teacher_hidden'][l]), every)
+    for l in range(len(teacher))
+  ])  # fmt: skip
+  embedding = sttabt.state_error(projected(g['student_emb'], 'emb'), jnp.asarray(g['teacher_emb']), every)
+  np.testing.assert_allclose([maps, states, embedding], g['loss_kldiv'][1:4], rtol=1e-4)
+
+
+def test_distillation_stages_and_the_plan_that_comes_of_it(tmp_path):
+  wanted = tiny_config(
+    reducer={'name': 'sttabt', 'factor': 2, 'theta': -0.5, 'mode': 'hard', 'overflow_rate': 0.1},
+    task__readout='cls',
+    model__executor='compact',
+  )
+  wanted['stages'] = (
+    {'name': 'tune', 'epochs': 1, 'reducer': {'name': 'none'}},
+    {'name': 'approx', 'epochs': 3, 'init': 'tune', 'train': 'reducer/.*', 'objective': 'distil_approx',
+     'reducer': {'mode': 'distil'}, 'checkpoint': 'last'},
+    {'name': 'soft', 'epochs': 1, 'init': 'approx', 'reducer': {'mode': 'soft'}},
+    {'name': 'hard', 'epochs': 1, 'init': 'soft'},
+  )  # fmt: skip
+  outcome = train.run(wanted, tmp_path)
+  rows = [row for row in lines(tmp_path, 'train') if row['stage'] == 'approx']
+  assert rows[-1]['states_loss'] < rows[0]['states_loss']
+  assert outcome['stages']['approx']['best_step'] == outcome['stages']['approx']['step']
+  assert len(outcome['stages']['hard']['fields']['sttabt']['capacities']) == 2
+  assert 0 < outcome['keep_ratio'] < 1
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'mode': 'weak'}, "mode is 'weak'"),
+    ({'keep': 0.0}, 'keep is 0.0'),
+    ({'factor': 0}, 'factor is 0'),
+    ({'mask_weight': -1.0}, 'mask_weight is -1.0'),
+  ],
+)
+def test_settings_out_of_range_are_refused(fields, words):
+  with pytest.raises(UserError, match=words):
+    models.make_reducer({'name': 'sttabt', **fields}).check(4, 4)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_computed(official):
+  _, make, params, batch = official
+  with pytest.raises(UserError, match='factor is 16, but 4 heads cannot share a width of 32'):
+    make(factor=16).apply({'params': params}, batch)
+  with pytest.raises(UserError, match="task.readout is 'mean', but this method leaves tokens for cls only"):
+    make().clone(readout='mean').check()

@@ -1,0 +1,288 @@
+"""Attention back-tracking with Concrete masking (STTABT; Lee, Kim, Lee, Hwang, ICLR 2023).
+
+A small encoder of the same depth and heads, the ApproxNet, runs first and predicts the attention maps of the big one. Walked
+from the last layer to the first they give a plan: the tokens that each layer needs (`backtracking`). Layer l then attends to
+the tokens of its own plan entry and updates those of the next, so that its attention is rectangular.
+
+  distil  L_att + L_hid + L_emb + L_pred, the big encoder dense and frozen:
+          L_att  = mean over layers, heads and real rows of KL(A || A of ApproxNet)
+          L_hid  = mean over layers of |W_l h_l - h_l of the big one|^2, of their inputs;  L_emb the same of the embeddings
+          L_pred = |softmax - softmax of ApproxNet|^2
+  topk    each layer is asked for the ceil(keep t) best of t tokens
+  soft    learned thresholds theta_l (Concrete masking); loss + theta_weight sum_l (theta_l - theta)^2
+          + mask_weight (sigmoid(theta) - mean over layers of the share of tokens that are updated)^2
+  hard    the same, with masks of 0 and 1; what validation and inference see in either
+
+The read-out has to be [CLS]: a mean over all tokens needs all of them. Reconstructed here: the ApproxNet's classifier is a
+tanh layer and a linear one; hidden states are compared at real tokens only (`padding=True`: at all, as the official code).
+Soft masks go into the stream (seen and updated); the official code also scales keys, values and the hidden layer by them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tokenprune_jax import backtracking, flops, schedule
+from tokenprune_jax.attention import Evidence
+from tokenprune_jax.encoder import Encoder, EncoderConfig
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.layers import Dense
+from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
+from tokenprune_jax.tokens import Capacity, Tokens
+
+TINY: dict = {'mode': 'hard', 'factor': 4, 'theta': -1.5}
+NEUTRAL: dict = {'mode': 'topk', 'keep': 1.0, 'factor': 4}
+READOUT = 'cls'  # what the shared tests read out
+MODES = ('distil', 'topk', 'soft', 'hard')
+EPSILON = 1e-7
+
+
+class Watcher(Reducer):
+  """Removes nothing, and remembers every layer's scores [b h n n] and states [b n d] (0: embeddings)."""
+
+  def soft(self) -> bool:
+    return True  # what is read needs a gradient
+
+  def reads(self, layer: int) -> tuple[str, ...]:
+    return ('scores',)
+
+  def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
+    return tokens, {'state_0': tokens.x}
+
+  def after_attention(
+    self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
+  ) -> tuple[Tokens, Memory]:
+    assert evidence.scores is not None  # `reads` asked for it
+    return tokens, {**memory, f'scores_{layer}': evidence.scores}
+
+  def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
+    return tokens, {**memory, f'state_{layer}': tokens.x}
+
+
+class ApproxNet(nn.Module):
+  """A narrow encoder with a classifier of its own: what `Watcher` remembers, and logits [b c]."""
+
+  @nn.compact
+  def __call__(self, config: EncoderConfig, inputs: Inputs) -> tuple[Memory, Float[Array, 'b c']]:
+    tokens, memory, _ = Encoder(config, Watcher(), name='encoder')(inputs)
+    hidden = jnp.tanh(Dense(config.width, 'float32', name='pooler')(tokens.x[:, 0]))
+    return memory, Dense(inputs.labels, 'float32', name='out')(hidden)
+
+
+class Widths(nn.Module):
+  """The training-only projections to the big encoder's width."""
+
+  @nn.compact
+  def __call__(self, states: Memory, width: int, depth: int) -> Memory:
+    found = {
+      f'hidden_{l}': Dense(width, 'float32', name=f'hidden_{l}')(states[f'state_{l}']) for l in range(depth)
+    }
+    return {**found, 'embedding': Dense(width, 'float32', name='embedding')(states['state_0'])}
+
+
+class Thresholds(nn.Module):
+  """theta [L]."""
+
+  @nn.compact
+  def __call__(self, depth: int, start: float) -> Float[Array, ' L']:
+    return self.param('theta', nn.initializers.constant(start), (depth,))
+
+
+def masked_weights(scores: Float[Array, 'b h n n'], valid: Float[Array, 'b n']) -> Float[Array, 'b h n n']:
+  """Softmax over real keys."""
+  return jax.nn.softmax(jnp.where(valid[:, None, None] > 0, scores, -jnp.inf), axis=-1)
+
+
+def map_divergence(
+  teacher: Float[Array, 'b h n n'], student: Float[Array, 'b h n n'], valid: Float[Array, 'b n']
+) -> Float[Array, '']:
+  """KL(teacher || student) of attention rows: mean over real rows of an example, then over heads and examples."""
+  rows = (teacher * (jnp.log(teacher + EPSILON) - jnp.log(student + EPSILON))).sum(-1)  # [b h n]
+  return ((rows * valid[:, None]).sum(-1) / valid.sum(-1)[:, None]).mean()
+
+
+def state_error(
+  mine: Float[Array, 'b n d'], theirs: Float[Array, 'b n d'], weight: Float[Array, 'b n']
+) -> Float[Array, '']:
+  """Mean squared difference over the weighted tokens and all features."""
+  squares = ((mine - jax.lax.stop_gradient(theirs)) ** 2).mean(-1)
+  return (squares * weight).sum() / weight.sum()
+
+
+def regularisers(
+  theta: Float[Array, ' L'], start: float, plan: Float[Array, 'b l n'], valid: Float[Array, 'b n']
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """(sum over layers of (theta_l - start)^2, squared distance of the share that is updated from sigmoid(start))."""
+  share = (plan[:, 1:].sum(-1) / valid.sum(-1, keepdims=True)).mean()
+  return ((theta - start) ** 2).sum(), (jax.nn.sigmoid(start) - share) ** 2
+
+
+def distil(apply, params, batch, rng, teacher):
+  """The four parts of ApproxNet's distillation; nothing drops out, since the big encoder is its own teacher."""
+  output = apply(params, batch)
+  if output.exits is None:
+    raise UserError("the objective 'distil' needs reducer.mode='distil' in its stage.")
+  theirs, mine = jax.lax.stop_gradient(jax.nn.softmax(output.logits)), jax.nn.softmax(output.exits[:, 0])
+  answers = ((mine - theirs) ** 2).mean()
+  return output.loss + answers, {'states_loss': output.loss, 'answers_loss': answers}
+
+
+OBJECTIVES = {'distil_approx': distil}
+
+
+def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
+  """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
+  rate = fields.get('overflow_rate', 0.0)
+  planned = fields.get('mode', 'topk') != 'distil'
+  return {'capacities': validation.capacities(lambda trace: trace.keys, rate)} if rate and planned else {}
+
+
+class Method(Reducer):
+  """Runs each layer on the tokens that the layers above it will need."""
+
+  mode: str = 'topk'  # or 'distil', 'soft', 'hard'
+  factor: int = 4  # the ApproxNet's width and hidden layer are those of the encoder divided by it
+  keep: float = 0.35  # topk: share of an example's tokens that each layer is asked for; above 1 a number
+  theta: float = -1.0  # concrete: threshold that all layers start from; sigmoid(theta) is about what is kept
+  theta_weight: float = 1e-3
+  mask_weight: float = 1e-3
+  padding: bool = False  # distil: states of padding are compared too
+  capacities: tuple[float, ...] = ()  # by layer, share of the padded length that its tokens are gathered into
+  overflow_rate: float = (
+    0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
+  )
+
+  def check(self, depth: int, heads: int) -> None:
+    if self.mode not in MODES:
+      raise UserError(f'reducer.mode is {self.mode!r}; choose one of {", ".join(MODES)}')
+    if not self.keep > 0:
+      raise UserError(
+        f'reducer.keep is {self.keep}; it is a share above 0 and at most 1, or a number of tokens'
+      )
+    if self.factor < 1:
+      raise UserError(f'reducer.factor is {self.factor}; it divides the width, so choose 1 or more')
+    if self.theta_weight < 0 or self.mask_weight < 0:
+      raise UserError(
+        f'reducer.theta_weight is {self.theta_weight} and mask_weight is {self.mask_weight}; expected 0 or more'
+      )
+    schedule.check_capacities(self.capacities, self.overflow_rate, depth)
+
+  def setup(self):
+    self.approx = ApproxNet()
+    if self.mode == 'distil':
+      self.widths = Widths()
+    if self.mode in ('soft', 'hard'):
+      self.thresholds = Thresholds()
+
+  def readouts(self) -> tuple[str, ...]:
+    return ('cls', 'mean') if self.mode == 'distil' else ('cls',)
+
+  def soft(self) -> bool:
+    return self.mode == 'soft'
+
+  def separates(self) -> bool:
+    return self.mode != 'distil'
+
+  def decides(self, depth: int) -> tuple[Half, ...]:
+    return () if self.mode == 'distil' else tuple(Half(l, False) for l in range(depth))
+
+  def reads(self, layer: int) -> tuple[str, ...]:
+    return ('weights',) if self.mode == 'distil' else ()
+
+  def narrow(self, config: EncoderConfig) -> EncoderConfig:
+    """The ApproxNet's shape. Raises UserError where heads do not divide its width."""
+    width = config.width // self.factor
+    if config.width % self.factor or width % config.heads:
+      raise UserError(
+        f'reducer.factor is {self.factor}, but {config.heads} heads cannot share a width of {config.width} / {self.factor}'
+      )
+    return dataclasses.replace(
+      config, width=width, hidden=max(config.hidden // self.factor, 1), dropout=0.0, attention_dropout=0.0,
+      kernel='plain', joint=False, group_slots=0,
+    )  # fmt: skip
+
+  def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
+    config, depth = self.narrow(inputs.encoder), inputs.encoder.depth
+    seen, logits = self.approx(config, inputs)
+    valid = inputs.mask.astype(jnp.float32)
+    scores = [seen[f'scores_{l}'] for l in range(1, depth + 1)]
+    macs = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', inputs.mask.sum(-1))}
+    if self.mode == 'distil':
+      mine = self.widths(seen, inputs.encoder.width, depth)
+      weight = jnp.ones_like(valid) if self.padding else valid
+      loss = (
+        state_error(mine['embedding'], tokens.x, weight)
+        + state_error(mine['hidden_0'], tokens.x, weight) / depth
+      )
+      watched = {f'approx_{l}': masked_weights(scores[l - 1], valid) for l in range(1, depth + 1)}
+      memory = {'loss': loss, 'logits': logits[:, None], 'weight': weight, 'valid': valid, **mine, **watched}
+      return tokens, memory
+    if self.mode == 'topk':
+      real = inputs.mask.sum(-1)
+      count = jnp.ceil(self.keep * real - 1e-6) if self.keep <= 1 else jnp.minimum(self.keep, real)
+      maps = [masked_weights(layer, valid).mean(1) for layer in scores]
+      plan = backtracking.top_k(maps, inputs.mask, [count.astype(jnp.int32)] * depth)
+      memory = macs
+    else:
+      theta = self.thresholds(depth, self.theta)
+      plan, _ = backtracking.concrete(scores, inputs.mask, theta)
+      memory = dict(macs)
+      if train:
+        moved, share = regularisers(theta, self.theta, plan, valid)
+        memory['loss'] = self.theta_weight * moved + self.mask_weight * share
+      if not (train and self.mode == 'soft'):
+        plan = (plan >= 0.5).astype(plan.dtype)
+    plan = jnp.pad(plan, ((0, 0), (0, 0), (0, tokens.length - plan.shape[2])))
+    return self.followed(tokens, plan, 0, depth), {**memory, 'plan': plan}
+
+  def followed(self, tokens: Tokens, plan: Float[Array, 'b l n'], layer: int, depth: int) -> Tokens:
+    """The stream behind a layer: what the next one takes in is seen, what the one after that takes in is updated."""
+    place = jnp.maximum(tokens.position, 0)
+    real = (tokens.size > 0) & (tokens.position >= 0)
+
+    def of(entry):
+      return jnp.take_along_axis(plan[:, min(entry, depth)], place, axis=1) * real
+
+    rooms = [self.room(min(entry, depth), depth, tokens.length) for entry in (layer, layer + 1)]
+    return tokens.replace(
+      seen=of(layer), updated=of(layer + 1), score=jnp.take_along_axis(plan.sum(1), place, axis=1) * real,
+      capacity=Capacity(slots=rooms[0], keys=rooms[0], rows=rooms[1]),
+    )  # fmt: skip
+
+  def room(self, entry: int, depth: int, length: int) -> int | None:
+    """How many tokens a plan's entry may hold; None: not known."""
+    if entry == depth:
+      return 1
+    if self.capacities:
+      return schedule.places(self.capacities[entry], length)
+    if self.mode != 'topk':
+      return None
+    asked = schedule.places(self.keep, length) if self.keep <= 1 else int(self.keep)
+    return min(length, 1 + (depth - entry) * asked)  # what each layer above asks for, and [CLS]
+
+  def after_attention(
+    self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
+  ) -> tuple[Tokens, Memory]:
+    if self.mode != 'distil':
+      return tokens, memory
+    assert evidence.weights is not None  # `reads` asked for it
+    apart = map_divergence(evidence.weights, memory[f'approx_{layer}'], memory['valid'])
+    return tokens, {**memory, 'loss': memory['loss'] + apart / self.layers(memory)}
+
+  def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
+    if self.mode != 'distil':
+      plan = memory['plan']
+      return self.followed(tokens, plan, layer, plan.shape[1] - 1), memory
+    if f'hidden_{layer}' not in memory:  # the last layer's output is not compared
+      return tokens, memory
+    error = state_error(memory[f'hidden_{layer}'], tokens.x, memory['weight'])
+    return tokens, {**memory, 'loss': memory['loss'] + error / self.layers(memory)}
+
+  def layers(self, memory: Memory) -> int:
+    """The depth, from what is remembered of each layer."""
+    return sum(name.startswith('hidden_') for name in memory)
