@@ -2,18 +2,22 @@
 
     python main.py --config=configs/imdb_power.py --workdir=runs/imdb_power --config.reducer.penalty=1e-4
 
-`penalty` says how hard the search presses; retentions learn at 30 times the model's rate. Weights after a colon:
-`:minilm-l6` (default) or `:mpnet-base`.
+`penalty` says how hard the search presses; retentions learn at 30 times the model's rate. Variant and weights after a colon:
+`:searched` (default; there is no other), and `:searched,mpnet-base`.
 """
 
 import ml_collections
 
 from configs import imdb_fuzzy
 from tokenprune_jax import settings
+from tokenprune_jax.errors import UserError
 
 
-def get_config(weights: str = 'minilm-l6') -> ml_collections.ConfigDict:
-  """The config of these weights."""
+def get_config(argument: str = 'searched') -> ml_collections.ConfigDict:
+  """The config of 'variant' or 'variant,weights'."""
+  variant, _, weights = argument.partition(',')
+  if variant != 'searched':
+    raise UserError(f'the config has no variant {variant!r}; choose searched')
   config = imdb_fuzzy.get_config(f'dense,{weights or "minilm-l6"}')
   with config.unlocked():
     config.reducer = {

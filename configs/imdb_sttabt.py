@@ -3,8 +3,8 @@
     python main.py --config=configs/imdb_sttabt.py --workdir=runs/imdb_sttabt --config.reducer.theta=-1.0
 
 `theta` is what keeps: sigmoid(theta) is about the share of tokens that a layer takes in. Variants and weights after a colon:
-`:concrete` (default) or `:topk` (no thresholds: `--config.reducer.keep=0.35` of the tokens for each layer, nothing trained after
-the ApproxNet), and `:concrete,mpnet-base`.
+`:concrete` (default) or `:topk` (no thresholds: `--config.reducer.keep=0.35` of the tokens for each layer, nothing learned
+after the ApproxNet), and `:concrete,mpnet-base`.
 """
 
 import ml_collections

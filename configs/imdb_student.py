@@ -2,22 +2,29 @@
 
     python main.py --config=configs/imdb_student.py --workdir=runs/imdb_student
 
-Weights after a colon: `:minilm-l6` (default) or `:mpnet-base`. The layers are spread from the first to the last.
+Variants and weights after a colon: `:half` (default) or `:third` of the layers, spread from the first to the last, and
+`:half,mpnet-base`.
 """
 
 import ml_collections
 
 from configs import imdb_fuzzy
 from tokenprune_jax import settings
+from tokenprune_jax.errors import UserError
+
+PARTS = {'half': 2, 'third': 3}
 
 
-def get_config(weights: str = 'minilm-l6') -> ml_collections.ConfigDict:
-  """The config of these weights."""
+def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
+  """The config of 'variant' or 'variant,weights'."""
+  variant, _, weights = argument.partition(',')
+  if variant not in PARTS:
+    raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(PARTS)}')
   weights = weights or 'minilm-l6'
   config = imdb_fuzzy.get_config(f'dense,{weights}')
   depth = imdb_fuzzy.DEPTH.get(weights, 12)
-  half = depth // 2
-  layers = tuple(1 + round(i * (depth - 1) / (half - 1)) for i in range(half))
+  count = depth // PARTS[variant]
+  layers = tuple(1 + round(i * (depth - 1) / (count - 1)) for i in range(count))
   with config.unlocked():
     config.reducer = {'name': 'student', 'layers': layers}
     config.stages = (

@@ -46,10 +46,15 @@ def apply(model, params, batch, train=False, rngs=None):
   return compiled(model, train)({'params': params}, batch, rngs=rngs)
 
 
+def model_of(spec, config=TINY_CONFIG, **kwargs):
+  """A model with the read-out that its method can be tested with."""
+  kwargs.setdefault('readout', getattr(module(spec['name']), 'READOUT', 'mean'))
+  return Classifier(config, make_reducer(spec), labels=3, **kwargs).check()
+
+
 def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
   """A model and parameters far from their initial values, so that no two tokens look alike."""
-  kwargs.setdefault('readout', getattr(module(spec['name']), 'READOUT', 'mean'))
-  model = Classifier(config, make_reducer(spec), labels=3, **kwargs).check()
+  model = model_of(spec, config, **kwargs)
   rng = np.random.default_rng(seed + 1)
   params = jax.tree.map(
     lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32),

@@ -10,33 +10,26 @@ import jax
 import numpy as np
 import pytest
 
-from tests.reference import TINY_CONFIG, ragged_batch, settings
+from tests.reference import TINY_CONFIG, model_of, ragged_batch, settings
 from tokenprune_jax import optim, stages, tasks, train
-from tokenprune_jax.models import Classifier, make_reducer, method_names
+from tokenprune_jax.models import method_names
 
 METHODS = method_names()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope='module')
-def on_eight_devices():
+def test_eight_devices_give_the_same_numbers_for_an_eighth_of_the_work_each():
+  """All methods in one test: eight devices need a process. The one collective is the reduction of gradients."""
   command = [sys.executable, '-m', 'tests.scale_run', ','.join(METHODS)]
   run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
   assert run.returncode == 0, run.stderr
-  return json.loads(run.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize('name', METHODS)
-def test_eight_devices_give_the_same_numbers_for_an_eighth_of_the_work_each(on_eight_devices, name):
-  for what, found in on_eight_devices[name].items():
-    assert found['difference'] < 1e-4, (what, found)
-    assert found['work'] == pytest.approx(1 / 8, rel=0.01), (what, found)
-
-
-@pytest.mark.parametrize('name', METHODS)
-def test_the_only_collective_is_the_reduction_of_gradients(on_eight_devices, name):
-  assert on_eight_devices[name]['forward']['collectives'] == []
-  assert on_eight_devices[name].get('step', {}).get('collectives', ['all-reduce']) == ['all-reduce']
+  all_found = json.loads(run.stdout.splitlines()[-1])
+  assert list(all_found) == METHODS and 'step' in all_found['chain']
+  for name, programs in all_found.items():
+    for what, found in programs.items():
+      assert found['difference'] < 1e-4, (name, what, found)
+      assert found['work'] == pytest.approx(1 / 8, rel=0.01), (name, what, found)
+      assert found['collectives'] == (['all-reduce'] if what == 'step' else []), (name, what, found)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +38,7 @@ def test_the_only_collective_is_the_reduction_of_gradients(on_eight_devices, nam
 @pytest.mark.parametrize('name', METHODS)
 def test_forward_and_step_lower_for_tpu_and_cuda(name, kernel):
   config = dataclasses.replace(TINY_CONFIG, kernel=kernel, joint=True, dtype='bfloat16', dropout=0.1)
-  model = Classifier(config, make_reducer(settings(name, 'TINY')), 3, executor='compact').check()
+  model = model_of(settings(name, 'TINY'), config, executor='compact')
   params = jax.eval_shape(model.init_params, jax.random.key(0))
   rows = ragged_batch((16,) * 8, 16) | {'label': np.zeros(8, np.int32), 'weight': np.ones(8, np.float32)}
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
