@@ -15,4 +15,6 @@ def get_config(argument: str = 'pfc_late') -> ml_collections.ConfigDict:
   config = imdb_fuzzy.get_config(argument)
   config.data.update({'name': 'bbc', 'train_limit': 0, 'valid_limit': 0, 'test_limit': 0})
   config.stages[0]['epochs'] = 3
+  if config.model.weights == 'minilm-l6':
+    config.optimizer.learning_rate = 1e-4  # for every variant, chosen on validation (docs/methods/fuzzy.md)
   return config

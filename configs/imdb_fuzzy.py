@@ -45,9 +45,11 @@ def reducer(variant: str, depth: int) -> dict:
   return combine if method == 'c' else {'name': 'chain', 'reducers': (prune, combine)}
 
 
-def learning_rate(weights: str) -> float:
-  """For MiniLM chosen on validation splits (docs/methods/fuzzy.md); for larger encoders the paper's."""
-  return 1e-4 if weights == 'minilm-l6' else 2e-5
+def learning_rate(variant: str, weights: str) -> float:
+  """For MiniLM chosen on the validation split (docs/methods/fuzzy.md); for larger encoders the paper's."""
+  if weights != 'minilm-l6':
+    return 2e-5
+  return 1e-4 if variant in ('dense', 'p', 'pf') else 2e-4
 
 
 def get_config(argument: str = 'pfc_late') -> ml_collections.ConfigDict:
@@ -66,7 +68,7 @@ def get_config(argument: str = 'pfc_late') -> ml_collections.ConfigDict:
   }
   config['reducer'] = reducer(variant, DEPTH.get(weights, 12))
   config['optimizer'] |= {
-    'learning_rate': learning_rate(weights),
+    'learning_rate': learning_rate(variant, weights),
     'groups': (('head/.*|reducer/.*', 10.0),),
   }
   config['stages'] = (settings.stage(epochs=2),)

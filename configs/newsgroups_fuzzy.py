@@ -24,4 +24,6 @@ def get_config(argument: str = 'pfc_late') -> ml_collections.ConfigDict:
     }
   )
   config.stages[0]['epochs'] = 3
+  if config.model.weights == 'minilm-l6':
+    config.optimizer.learning_rate = 1e-4  # as on BBC News
   return config
