@@ -2,28 +2,44 @@
 
     python main.py --config=configs/imdb_topk.py --workdir=runs/imdb_topk
 
-Variants and weights after a colon: `:half` (default, about half of dense's multiply-adds) or `:third`, and
-`:half,mpnet-base`. Counts are fixed, so tokens leave in training too (executor compact).
+Variants and weights after a colon: `:half` (default, about half of dense's multiply-adds), `:third`, `:cascade` (SpAtten's
+schedule and score), `:manual` (the schedule that STTABT is compared with), and `:half,mpnet-base`. `reducer.score` is one of
+received, cls, cumulative and random. Counts are fixed, so tokens leave in training too (executor compact).
 """
 
 import ml_collections
 
 from configs import imdb_fuzzy
+from tokenprune_jax import schedule
 from tokenprune_jax.errors import UserError
 
 ENDS = {'half': (0.95, 0.05), 'third': (0.65, 0.02)}  # shares left after the first and the last layer
+SCHEDULES = {'cascade': schedule.cascade, 'manual': schedule.manual}
+KEEP = 0.4  # of both: at the end of the cascade, on average of the other
 
 
 def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
   """The config of 'variant' or 'variant,weights'."""
   variant, _, weights = argument.partition(',')
-  if variant not in ENDS:
-    raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(ENDS)}')
+  if variant not in (*ENDS, *SCHEDULES):
+    raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join((*ENDS, *SCHEDULES))}')
   weights = weights or 'minilm-l6'
   config = imdb_fuzzy.get_config(f'dense,{weights}')
-  depth, (first, last) = imdb_fuzzy.DEPTH.get(weights, 12), ENDS[variant]
-  shares = tuple(round(first + (last - first) * l / (depth - 1), 3) for l in range(depth))
+  depth, score = imdb_fuzzy.DEPTH.get(weights, 12), 'cumulative' if variant == 'cascade' else 'received'
+  if variant in ENDS:
+    first, last = ENDS[variant]
+    shares = [first + (last - first) * l / (depth - 1) for l in range(depth)]
+  else:
+    shares = SCHEDULES[variant](KEEP, depth)
+  shares = tuple(round(share, 3) for share in shares)
   with config.unlocked():
-    config.reducer = {'name': 'topk', 'ratio': 0.9, 'shares': shares, 'score': 'received', 'leavers': 'gone'}
+    config.reducer = {
+      'name': 'topk',
+      'ratio': 0.9,
+      'shares': shares,
+      'score': score,
+      'seed': 0,
+      'leavers': 'gone',
+    }
   config.model.executor = 'compact'
   return config

@@ -13,6 +13,26 @@ def next_counts(ratio: float, length: int) -> tuple[int, ...]:
   return tuple(max(math.floor(exact * t), min(t, 1)) for t in range(length + 1))
 
 
+def cascade(keep: float, depth: int) -> tuple[float, ...]:
+  """SpAtten's shares by layer (arXiv 2012.09852) as in LTP's code: 1 in the first layers, then in a line to `keep`."""
+  whole = min(max(3, math.ceil(0.15 * depth)), depth)
+  falling = depth - whole
+  return tuple(max(1 - max(l - whole, 0) * (1 - keep) / max(falling, 1), 0.01) for l in range(1, depth + 1))
+
+
+def manual(keep: float, depth: int) -> tuple[float, ...]:
+  """The shares that STTABT's authors set by hand for pruning on the way up: in a line, `keep` on average of 12 layers.
+
+  1.5 keep to 0.4 keep where keep is at most 0.666, else 1 to a little above 2 keep - 1.
+  """
+  steps = [11 * l / max(depth - 1, 1) / 10 for l in range(depth)]  # 0 to 1.1, as over 12 layers
+  if keep <= 0.666:
+    found = [keep * (1.5 - step) for step in steps]
+  else:
+    found = [(1 - step) * (2 - 2 * keep) + 2 * keep - 1 for step in steps]
+  return tuple(min(max(share, 0.01), 1.0) for share in found)
+
+
 def places(share: float, length: int) -> int:
   """The capacity that holds `share` of a padded length: rounded up, at least 1."""
   return max(math.ceil(share * length - 1e-6), 1)

@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
+from tokenprune_jax import lottery
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
@@ -85,16 +86,6 @@ def keep(
   return top | core if rule == 'protect' else top
 
 
-def lottery(seeds: UInt32[Array, 'b'], layer: int, position: Int[Array, 'b n']) -> Float[Array, 'b n']:
-  """Random scores that depend on an example's text, the layer and the position only: never on padding or batch-mates."""
-
-  def draw(seed, places):
-    key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), layer)
-    return jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(key, place)))(places)
-
-  return jax.vmap(draw)(seeds, position)
-
-
 class Method(Reducer):
   """Fuzzy token pruning, and simpler rules under the same schedule."""
 
@@ -136,9 +127,7 @@ class Method(Reducer):
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     memory = {'fuzzy_count': inputs.mask.sum(-1, dtype=jnp.int32)}
     if self.rule == 'random':
-      weight = jnp.arange(1, inputs.ids.shape[1] + 1, dtype=jnp.uint32)
-      text = jnp.where(inputs.mask, inputs.ids, 0).astype(jnp.uint32) * weight
-      memory['fuzzy_seed'] = text.sum(-1) + jnp.uint32(self.seed)
+      memory['fuzzy_seed'] = lottery.seeds(inputs.ids, inputs.mask, self.seed)
     return tokens, memory
 
   def after_attention(
@@ -165,7 +154,7 @@ class Method(Reducer):
   def scores(self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int) -> Float[Array, 'b h n']:
     """What tokens are ranked by; h = 1 where all heads keep the same."""
     if self.rule == 'random':
-      return lottery(memory['fuzzy_seed'], layer, tokens.position)[:, None]
+      return lottery.draw(memory['fuzzy_seed'], layer, tokens.position)[:, None]
     if self.rule == 'norm':
       return jnp.linalg.norm(jax.lax.stop_gradient(tokens.x), axis=-1)[:, None]
     score = evidence.entropy if self.rule == 'entropy' else evidence.received

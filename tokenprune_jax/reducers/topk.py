@@ -1,6 +1,7 @@
 """Top-k schedule: after the attention of layer l the best share of an example's tokens goes on (as in arXiv 2001.08950).
 
-  score    a_j = mean over heads of sum_i A_hij (received), or of A_h0j (cls: the attention of [CLS])
+  score    a_j = mean over heads of sum_i A_hij (received), or of A_h0j (cls: the attention of [CLS]);
+           the sum of the former over all layers so far (cumulative: SpAtten, arXiv 2012.09852); or random, the floor
   counts   k_l = floor(share_l * t) of the example's t real tokens, at least 1
   kept     the k_l best of those left; the others leave between attention and feed-forward, and never return
 
@@ -11,15 +12,20 @@ layer's tokens that the next one gets (share_l = ratio^l). What happens to a tok
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenprune_jax import schedule
+from tokenprune_jax import lottery, schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
-from tokenprune_jax.tokens import LEAVERS, Tokens, descending_rank, leave
+from tokenprune_jax.tokens import LEAVERS, Tokens, descending_rank, leave, scatter_to_input
 
 TINY: dict = {'shares': (0.8, 0.6, 0.6, 0.3)}
 NEUTRAL: dict = {'ratio': 1.0}
-SCORES = {'received': 'received', 'cls': 'first_row'}  # name -> the evidence it reads
+SCORES = {
+  'received': 'received',
+  'cls': 'first_row',
+  'cumulative': 'received',
+  'random': '',
+}  # -> the evidence it reads
 
 
 def best(
@@ -37,7 +43,8 @@ class Method(Reducer):
   shares: tuple[
     float, ...
   ] = ()  # by layer, share of the example's tokens that stay: takes the place of `ratio`
-  score: str = 'received'  # or 'cls'
+  score: str = 'received'  # or 'cls', 'cumulative', 'random'
+  seed: int = 0  # of the score `random`
   leavers: str = (
     'gone'  # or 'frozen': still attended to, no longer updated; 'unseen': updated, not attended to
   )
@@ -63,7 +70,9 @@ class Method(Reducer):
     return self.leavers != 'gone'
 
   def reads(self, layer: int) -> tuple[str, ...]:
-    return (SCORES[self.score],) if self.share(layer) < 1 else ()
+    if self.score == 'random' or (self.share(layer) == 1 and self.score != 'cumulative'):
+      return ()
+    return (SCORES[self.score],)
 
   def share(self, layer: int) -> float:
     """Share of an example's tokens that stay after a layer."""
@@ -72,18 +81,38 @@ class Method(Reducer):
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     first = tokens.position == 0  # it is asked for its attention
     tokens = tokens.replace(protected=tokens.protected | first) if self.score == 'cls' else tokens
-    return tokens, {'topk_length': inputs.mask.sum(-1, dtype=jnp.int32)}
+    memory = {'topk_length': inputs.mask.sum(-1, dtype=jnp.int32)}
+    if self.score == 'random':
+      memory['topk_seed'] = lottery.seeds(inputs.ids, inputs.mask, self.seed)
+    if self.score == 'cumulative':
+      memory['topk_sum'] = jnp.zeros((inputs.ids.shape[0], tokens.length))
+    return tokens, memory
+
+  def scored(self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int) -> tuple[Array, Memory]:
+    """(score [b n] of the input slots, memory)."""
+    n = tokens.x.shape[1] - tokens.added
+    position = tokens.position[:, :n]
+    if self.score == 'random':
+      return lottery.draw(memory['topk_seed'], layer, position), memory
+    found = getattr(evidence, SCORES[self.score]).mean(axis=1)[:, :n]
+    if self.score != 'cumulative':
+      return found, memory
+    total = memory['topk_sum'] + scatter_to_input(found, position, tokens.length)
+    score = jnp.take_along_axis(total, jnp.maximum(position, 0), axis=1)
+    return score, {**memory, 'topk_sum': total}
 
   def after_attention(
     self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
   ) -> tuple[Tokens, Memory]:
     n = tokens.x.shape[1] - tokens.added
-    if self.share(layer) == 1 or n == 0:
+    if n == 0 or (self.share(layer) == 1 and self.score != 'cumulative'):
+      return tokens, memory
+    score, memory = self.scored(tokens, memory, evidence, layer)
+    if self.share(layer) == 1:
       return tokens, memory
     counts = schedule.next_counts(self.share(layer), tokens.length)
-    found = getattr(evidence, SCORES[self.score]).mean(axis=1)
     seen = tokens.seen if tokens.seen.ndim == 2 else tokens.seen.max(axis=1)
     left = (seen if self.leavers == 'unseen' else tokens.updated) > 0
     wanted = jnp.asarray(counts)[memory['topk_length']]
-    stay = best(found[:, :n], left[:, :n], tokens.protected[:, :n], wanted)
-    return leave(tokens, stay, found[:, :n], self.leavers, counts[tokens.length]), memory
+    stay = best(score, left[:, :n], tokens.protected[:, :n], wanted)
+    return leave(tokens, stay, score, self.leavers, counts[tokens.length]), memory

@@ -1,0 +1,56 @@
+"""Top-k's scores and the schedules of others, against loops and the official numbers."""
+
+import numpy as np
+import pytest
+
+from tests.reference import apply, model_and_params, ragged_batch
+from tokenprune_jax import schedule
+
+BATCH = ragged_batch((14, 9, 5, 2, 1), 14)
+
+
+def test_the_cascade_is_the_official_schedule():
+  official = [1, 1, 1, 0.9444, 0.8889, 0.8333, 0.7778, 0.7222, 0.6667, 0.6111, 0.5556, 0.5]
+  np.testing.assert_allclose(schedule.cascade(0.5, 12), official, atol=1e-4)
+  assert schedule.cascade(0.5, 24)[4] == pytest.approx(0.975) and schedule.cascade(0.5, 24)[-1] == 0.5
+  assert schedule.cascade(0.4, 2) == (1, 1)  # too shallow to prune
+
+
+@pytest.mark.parametrize('keep', [0.2, 0.4, 0.666, 0.8])
+def test_the_manual_schedule(keep):
+  shares = schedule.manual(keep, 12)
+  for l, share in enumerate(shares):
+    expected = keep * (1.5 - l / 10) if keep <= 0.666 else (1 - l / 10) * (2 - 2 * keep) + 2 * keep - 1
+    assert share == pytest.approx(min(max(expected, 0.01), 1))
+  assert len(schedule.manual(keep, 6)) == 6 and list(shares) == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize('score', ['received', 'cls', 'cumulative', 'random'])
+def test_every_score_keeps_the_scheduled_counts_under_both_executors(score):
+  spec = {'name': 'topk', 'shares': (1.0, 0.6, 0.6, 0.3), 'score': score}
+  model, params = model_and_params(spec)
+  masked, compact = (apply(model.clone(executor=way), params, BATCH) for way in ('mask', 'compact'))
+  np.testing.assert_allclose(masked.logits, compact.logits, atol=1e-4)
+  for row, n in enumerate((14, 9, 5, 2, 1)):
+    expected = [max(int(share * n + 1e-9), 1) for share in (1.0, 0.6, 0.6, 0.3)]
+    np.testing.assert_array_equal(np.asarray(masked.trace.rows)[row], expected)
+  wider = apply(model, params, {name: np.pad(values, ((0, 0), (0, 4))) for name, values in BATCH.items()})
+  np.testing.assert_allclose(masked.logits, wider.logits, atol=1e-4)
+
+
+def test_the_cumulative_score_remembers_lower_layers():
+  """With all layers but the last whole, `received` reads that layer alone and `cumulative` the sum: they differ."""
+  kept = {}
+  for score in ('received', 'cumulative'):
+    model, params = model_and_params({'name': 'topk', 'shares': (1.0, 1.0, 0.5, 0.5), 'score': score})
+    kept[score] = np.asarray(apply(model, params, BATCH).trace.kept)[:, 3]
+  assert (kept['received'].sum(-1) == kept['cumulative'].sum(-1)).all()
+  assert (kept['received'] != kept['cumulative']).any()
+
+
+def test_random_depends_on_the_seed():
+  kept = []
+  for seed in (0, 1):
+    model, params = model_and_params({'name': 'topk', 'ratio': 0.5, 'score': 'random', 'seed': seed})
+    kept.append(np.asarray(apply(model, params, BATCH).trace.kept))
+  assert (kept[0] != kept[1]).any()
