@@ -25,6 +25,12 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(scope='module', params=METHODS)
+def name(request):
+  """A method. Of module scope, so that a method's tests come together and share what they compile."""
+  return request.param
+
+
 def close(a, b, tolerance=1e-4):
   np.testing.assert_allclose(a, b, atol=tolerance)
 
@@ -32,7 +38,6 @@ def close(a, b, tolerance=1e-4):
 @pytest.mark.parametrize(
   ('family', 'group_slots'), [('bert', 0), ('mpnet', 20)]
 )  # 20: one or two rows at a time
-@pytest.mark.parametrize('name', METHODS)
 def test_compact_equals_mask(name, group_slots, family):
   config = dataclasses.replace(FAMILIES[family], group_slots=group_slots)
   model, params = model_and_params(settings(name, 'TINY'), config)
@@ -44,18 +49,14 @@ def test_compact_equals_mask(name, group_slots, family):
     close(getattr(masked.trace, field), getattr(compact.trace, field), 1e-5)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('name', METHODS)
-def test_fused_attention_and_joint_products_change_nothing(name, family):
-  model, params = model_and_params(settings(name, 'TINY'), FAMILIES[family], executor='compact')
+def test_fused_attention_and_joint_products_change_nothing(name):
+  model, params = model_and_params(settings(name, 'TINY'), FAMILIES['mpnet'], executor='compact')
   other = model.clone(config=dataclasses.replace(model.config, kernel='xla', joint=True))
   close(apply(model, params, BATCH).logits, apply(other, params, BATCH).logits)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('name', METHODS)
-def test_serve_equals_mask(name, family):
-  model, params = model_and_params(settings(name, 'TINY'), FAMILIES[family])
+def test_serve_equals_mask(name):  # MPNet, whose bias follows each token to its new place
+  model, params = model_and_params(settings(name, 'TINY'), FAMILIES['mpnet'])
   masked = apply(model, params, BATCH)
   with serve.Server(model, params, ladder=serve.Ladder((8, 16), batch_tokens=32)) as server:
     answers = list(server.map([ids[:n] for ids, n in zip(BATCH['ids'], LENGTHS)]))
@@ -64,7 +65,6 @@ def test_serve_equals_mask(name, family):
   np.testing.assert_allclose([answer.macs for answer in answers], macs, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', METHODS)
 def test_the_state_of_a_token_that_is_gone_changes_nothing_bit_for_bit(name):
   model, params = model_and_params(settings(name, 'TINY'))
   encoder = segments.make_encoder(model).clone(executor='mask')
@@ -91,7 +91,6 @@ def test_the_state_of_a_token_that_is_gone_changes_nothing_bit_for_bit(name):
   jax.tree.map(np.testing.assert_array_equal, memory, other)
 
 
-@pytest.mark.parametrize('name', METHODS)
 def test_compact_has_the_gradient_of_mask(name):
   model, params = model_and_params(settings(name, 'TINY'))
 
@@ -103,10 +102,8 @@ def test_compact_has_the_gradient_of_mask(name):
     np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(jnp.abs(a).max())))
 
 
-@pytest.mark.parametrize('executor', ['mask', 'compact'])
-@pytest.mark.parametrize('name', METHODS)
-def test_padding_and_batch_mates_change_nothing(name, executor):
-  model, params = model_and_params(settings(name, 'TINY'), executor=executor)
+def test_padding_and_batch_mates_change_nothing(name):
+  model, params = model_and_params(settings(name, 'TINY'), executor='compact')
   together = apply(model, params, BATCH)
   wider = apply(model, params, {k: np.pad(v, ((0, 0), (0, 4))) for k, v in BATCH.items()})
   close(together.logits, wider.logits)
@@ -117,7 +114,6 @@ def test_padding_and_batch_mates_change_nothing(name, executor):
     close(together.trace.kept[i, :, :n], alone.trace.kept[0], 1e-5)
 
 
-@pytest.mark.parametrize('name', METHODS)
 def test_what_padding_holds_changes_nothing_bit_for_bit(name):
   model, params = model_and_params(settings(name, 'TINY'))
   other = {**BATCH, 'ids': np.where(BATCH['mask'], BATCH['ids'], 7).astype(np.int32)}
@@ -125,7 +121,6 @@ def test_what_padding_holds_changes_nothing_bit_for_bit(name):
 
 
 @pytest.mark.parametrize('executor', ['mask', 'compact'])
-@pytest.mark.parametrize('name', METHODS)
 def test_neutral_setting_is_the_plain_encoder(name, executor):
   model, own = model_and_params(settings(name, 'NEUTRAL'), executor=executor)
   plain, params = model_and_params({'name': 'none'}, readout=model.readout)
@@ -133,7 +128,6 @@ def test_neutral_setting_is_the_plain_encoder(name, executor):
   close(apply(plain, params, BATCH).logits, apply(model, both, BATCH).logits, 1e-6)
 
 
-@pytest.mark.parametrize('name', METHODS)
 def test_the_backbone_has_the_same_parameters_under_every_method(name):
   plain, _ = model_and_params({'name': 'none'})
   model, _ = model_and_params(settings(name, 'TINY'))
@@ -141,7 +135,6 @@ def test_the_backbone_has_the_same_parameters_under_every_method(name):
   assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize('name', METHODS)
 def test_the_class_token_is_kept_when_it_is_read_out(name):
   model, params = model_and_params(settings(name, 'TINY'), readout='cls')
   trace = apply(model, params, BATCH).trace
@@ -150,7 +143,6 @@ def test_the_class_token_is_kept_when_it_is_read_out(name):
   assert combined or (np.asarray(trace.kept)[..., 0][live] == 1).all()
 
 
-@pytest.mark.parametrize('name', METHODS)
 def test_costs_are_counted_on_real_tokens(name):
   model, params = model_and_params(settings(name, 'TINY'))
   trace = apply(model, params, BATCH).trace
@@ -165,7 +157,6 @@ def test_costs_are_counted_on_real_tokens(name):
   assert planned or (ratio[:, 0] == 1).all()
 
 
-@pytest.mark.parametrize('name', METHODS)
 def test_bfloat16_stays_close_and_reads_out_float32(name):
   model, params = model_and_params(settings(name, 'TINY'))
   half = Classifier(dataclasses.replace(TINY_CONFIG, dtype='bfloat16'), model.reducer, 3)

@@ -144,7 +144,7 @@ def test_distillation_stages_and_the_plan_that_comes_of_it(tmp_path):
   )
   wanted['stages'] = (
     {'name': 'tune', 'epochs': 1, 'reducer': {'name': 'none'}},
-    {'name': 'approx', 'epochs': 3, 'init': 'tune', 'train': 'reducer/.*', 'objective': 'distil_approx',
+    {'name': 'approx', 'epochs': 2, 'init': 'tune', 'train': 'reducer/.*', 'objective': 'distil_approx',
      'reducer': {'mode': 'distil'}, 'checkpoint': 'last'},
     {'name': 'soft', 'epochs': 1, 'init': 'approx', 'reducer': {'mode': 'soft'}},
     {'name': 'hard', 'epochs': 1, 'init': 'soft'},
