@@ -223,7 +223,7 @@ def test_exits_are_trained_on_frozen_states_and_capacities_found_on_validation(t
       {'name': 'early_exit', 'layers': (1,), 'threshold': 0.98},
     ),
   }
-  wanted = config(reducer=pyramid)
+  wanted = config(reducer=pyramid, model__executor='serve', eval__timing=True)
   wanted['stages'] = (
     {'name': 'tune', 'epochs': 1},
     {'name': 'exits', 'epochs': 1, 'init': 'tune', 'train': 'reducer/.*', 'objective': 'exits'},
@@ -236,6 +236,8 @@ def test_exits_are_trained_on_frozen_states_and_capacities_found_on_validation(t
   exported = pretrained.load_exported(tmp_path / 'model')
   assert tuple(exported.reducer_spec['reducers'][0]['capacities']) == tuple(capacities)
   assert 0 < outcome['mac_ratio'] < 1
+  assert outcome['executor'] == outcome['timing']['models']['model']['executor'] == 'serve'
+  assert outcome['seconds_per_example'] > 0
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(method, tmp_path):
