@@ -51,9 +51,10 @@ def top_k(
 def standing(scores: Float[Array, 'b h n n'], valid: Bool[Array, 'b n']) -> Float[Array, 'b n n']:
   """How a key stands among its row's, in [0, 1]: the normal CDF of standardised scores before softmax, mean over heads."""
   keys = valid[:, None, None, :].astype(scores.dtype)
-  count = keys.sum(-1, keepdims=True)
+  count = jnp.maximum(keys.sum(-1, keepdims=True), 1)
   mean = (scores * keys).sum(-1, keepdims=True) / count
-  deviation = jnp.sqrt((((scores - mean) * keys) ** 2).sum(-1, keepdims=True) / count)
+  variance = (((scores - mean) * keys) ** 2).sum(-1, keepdims=True) / count
+  deviation = jnp.sqrt(jnp.where(variance > 0, variance, 1)) * (variance > 0)  # at 0 the root has no gradient
   return (jax.scipy.stats.norm.cdf((scores - mean) / (deviation + EPSILON)) * keys).mean(1)
 
 

@@ -18,6 +18,7 @@ from tokenprune_jax.encoder import Encoder, EncoderConfig, Trace
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Inputs, Reducer, read_out
+from tokenprune_jax.tasks import weighted_mean
 
 HEADS = ('linear', 'family')
 READOUTS = ('mean', 'cls')
@@ -141,7 +142,9 @@ class Classifier(nn.Module):
     dense = flops.dense_macs(self.config, self.labels, self.head, batch['mask'].sum(-1))
     loss = jnp.asarray(memory.get('loss', 0.0), jnp.float32)
     if 'mac_target' in memory:
-      loss += memory['mac_weight'] * (macs.sum() / dense.sum() - memory['mac_target']) ** 2
+      real = batch['mask'].any(-1)
+      share = weighted_mean(macs, real) / weighted_mean(dense, real)
+      loss += memory['mac_weight'] * (share - memory['mac_target']) ** 2
     return Output(logits, loss, trace, macs, dense, memory.get('logits'))
 
   def init_params(self, key: Array) -> dict:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokenprune_jax import metrics
 from tokenprune_jax.errors import UserError
@@ -26,11 +26,17 @@ def cross_entropy(logits: Float[Array, 'b c'], label: Int[Array, 'b']) -> Float[
   return -jnp.take_along_axis(log_probabilities, label[:, None], axis=1)[:, 0]
 
 
+def weighted_mean(
+  values: Float[Array, 'b'], weight: Float[Array, 'b'] | Bool[Array, 'b']
+) -> Float[Array, '']:
+  """Mean over rows by weight, 0 where all weights are; what a row of weight 0 holds does not count, NaN included."""
+  weight = weight.astype(jnp.float32)
+  return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
+
+
 def classification_loss(logits: Float[Array, 'b c'], batch: Mapping[str, Any]) -> Float[Array, '']:
   """Mean cross-entropy over the batch's rows by `weight`; filler rows (weight 0) do not count."""
-  weight = batch['weight'].astype(jnp.float32)
-  losses = jnp.where(weight > 0, cross_entropy(logits, batch['label']), 0.0)  # a filler row's NaN stays out
-  return jnp.sum(losses * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
+  return weighted_mean(cross_entropy(logits, batch['label']), batch['weight'])
 
 
 def classification_scores(logits: Float[np.ndarray, 'N c'], labels: Int[np.ndarray, 'N']) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer, read_out
+from tokenprune_jax.tasks import weighted_mean
 from tokenprune_jax.tokens import Tokens, empty_rows
 
 TINY: dict = {'layers': (1, 2), 'threshold': 0.95}
@@ -34,10 +35,9 @@ def uncertainty(logits: Float[Array, '*b c']) -> Float[Array, '*b']:
 def exits(apply, params, batch, rng, teacher):
   """KL(last || exit), the sum over exits and the mean over the batch's rows by weight."""
   output = apply(params, batch, rng)
-  weight = batch['weight'] / jnp.maximum(batch['weight'].sum(), 1e-6)
   last = jax.lax.stop_gradient(jax.nn.log_softmax(output.logits))[:, None]
   divergence = (jnp.exp(last) * (last - jax.nn.log_softmax(output.exits))).sum(-1)  # [b e]
-  loss = (divergence * weight[:, None]).sum()
+  loss = weighted_mean(divergence.sum(-1), batch['weight'])
   return loss, {'exit_loss': loss}
 
 

@@ -29,6 +29,7 @@ from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.reducers import threshold
+from tokenprune_jax.tasks import weighted_mean
 from tokenprune_jax.tokens import Tokens, leave
 
 TINY: dict = {'threshold': 0.015}
@@ -201,9 +202,11 @@ class Method(Reducer):
     live = (tokens.size[:, :n] > 0).astype(soft.dtype)
     if 'loss' in memory:
       share = (
-        soft.mean(-1) if self.score_norm == 'per_padded_token' else (soft * live).sum(-1) / memory['real']
+        soft.mean(-1)
+        if self.score_norm == 'per_padded_token'
+        else (soft * live).sum(-1) / jnp.maximum(memory['real'], 1)
       )
-      memory['loss'] += self.weight * jnp.where(idle[:, 0], 0, share).mean()
+      memory['loss'] += self.weight * weighted_mean(jnp.where(idle[:, 0], 0, share), memory['real'] > 0)
     if self.target_macs:
       soft = straight_through(hard, soft)
     mask = jnp.where(memory['training'][:, None] > 0, soft, hard)

@@ -28,11 +28,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenprune_jax import backtracking, flops, schedule
-from tokenprune_jax.attention import Evidence
+from tokenprune_jax.attention import Evidence, soft_weights
 from tokenprune_jax.encoder import Encoder, EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
+from tokenprune_jax.tasks import weighted_mean
 from tokenprune_jax.tokens import Capacity, Tokens
 
 TINY: dict = {'mode': 'hard', 'factor': 4, 'theta': -1.5}
@@ -93,17 +94,13 @@ class Thresholds(nn.Module):
     return self.param('theta', nn.initializers.constant(start), (depth,))
 
 
-def masked_weights(scores: Float[Array, 'b h n n'], valid: Float[Array, 'b n']) -> Float[Array, 'b h n n']:
-  """Softmax over real keys."""
-  return jax.nn.softmax(jnp.where(valid[:, None, None] > 0, scores, -jnp.inf), axis=-1)
-
-
 def map_divergence(
   teacher: Float[Array, 'b h n n'], student: Float[Array, 'b h n n'], valid: Float[Array, 'b n']
 ) -> Float[Array, '']:
   """KL(teacher || student) of attention rows: mean over real rows of an example, then over heads and examples."""
   rows = (teacher * (jnp.log(teacher + EPSILON) - jnp.log(student + EPSILON))).sum(-1)  # [b h n]
-  return ((rows * valid[:, None]).sum(-1) / valid.sum(-1)[:, None]).mean()
+  real = valid.sum(-1)
+  return weighted_mean((rows * valid[:, None]).sum(-1).mean(-1) / jnp.maximum(real, 1), real > 0)
 
 
 def state_error(
@@ -118,7 +115,8 @@ def regularisers(
   theta: Float[Array, ' L'], start: float, plan: Float[Array, 'b l n'], valid: Float[Array, 'b n']
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
   """(sum over layers of (theta_l - start)^2, squared distance of the share that is updated from sigmoid(start))."""
-  share = (plan[:, 1:].sum(-1) / valid.sum(-1, keepdims=True)).mean()
+  real = valid.sum(-1)
+  share = weighted_mean(plan[:, 1:].sum(-1).mean(-1) / jnp.maximum(real, 1), real > 0)
   return ((theta - start) ** 2).sum(), (jax.nn.sigmoid(start) - share) ** 2
 
 
@@ -128,7 +126,7 @@ def distil(apply, params, batch, rng, teacher):
   if output.exits is None:
     raise UserError("the objective 'distil' needs reducer.mode='distil' in its stage.")
   theirs, mine = jax.lax.stop_gradient(jax.nn.softmax(output.logits)), jax.nn.softmax(output.exits[:, 0])
-  answers = ((mine - theirs) ** 2).mean()
+  answers = weighted_mean(((mine - theirs) ** 2).mean(-1), batch['weight'])
   return output.loss + answers, {'states_loss': output.loss, 'answers_loss': answers}
 
 
@@ -214,18 +212,20 @@ class Method(Reducer):
     macs = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', inputs.mask.sum(-1))}
     if self.mode == 'distil':
       mine = self.widths(seen, inputs.encoder.width, depth)
-      weight = jnp.ones_like(valid) if self.padding else valid
+      weight = valid.max(-1, keepdims=True) * jnp.ones_like(valid) if self.padding else valid
       loss = (
         state_error(mine['embedding'], tokens.x, weight)
         + state_error(mine['hidden_0'], tokens.x, weight) / depth
       )
-      watched = {f'approx_{l}': masked_weights(scores[l - 1], valid) for l in range(1, depth + 1)}
+      watched = {
+        f'approx_{l}': soft_weights(scores[l - 1], valid[:, None, None]) for l in range(1, depth + 1)
+      }
       memory = {'loss': loss, 'logits': logits[:, None], 'weight': weight, 'valid': valid, **mine, **watched}
       return tokens, memory
     if self.mode == 'topk':
       real = inputs.mask.sum(-1)
       count = jnp.ceil(self.keep * real - 1e-6) if self.keep <= 1 else jnp.minimum(self.keep, real)
-      maps = [masked_weights(layer, valid).mean(1) for layer in scores]
+      maps = [soft_weights(layer, valid[:, None, None]).mean(1) for layer in scores]
       plan = backtracking.top_k(maps, inputs.mask, [count.astype(jnp.int32)] * depth)
       memory = macs
     else:

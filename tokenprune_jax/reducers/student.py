@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Reducer
+from tokenprune_jax.tasks import classification_loss, weighted_mean
 
 TINY: dict = {'layers': (1, 3)}
 NEUTRAL: dict = {'layers': ()}
@@ -32,11 +33,9 @@ def distil(apply, params, batch, rng, teacher):
     raise UserError(
       "the objective 'distil' needs a teacher: name the stage that trained it in the stage's `teacher`."
     )
-  logits, weight = apply(params, batch, rng).logits, batch['weight']
-  weight = weight / jnp.maximum(weight.sum(), 1e-6)
-  labels = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch['label'][:, None], axis=1)[:, 0]
-  soft = (divergence(teacher(batch).logits, logits) * weight).sum()
-  task = (labels * weight).sum()
+  logits = apply(params, batch, rng).logits
+  soft = weighted_mean(divergence(teacher(batch).logits, logits), batch['weight'])
+  task = classification_loss(logits, batch)
   return 0.5 * (soft + task), {'task_loss': task, 'distil_loss': soft}
 
 
