@@ -118,7 +118,9 @@ def test_a_layer_keeps_what_the_rule_says():
   model, params = model_and_params({'name': 'ltp', 'threshold': 0.015})
   encoder = segments.make_encoder(model).clone(executor='mask')
   variables = {'params': segments.encoder_params(params)}
-  inputs = Inputs(*(jnp.asarray(BATCH[name]) for name in ('ids', 'mask', 'types')), {}, labels=3, depth=4)
+  inputs = Inputs(
+    *(jnp.asarray(BATCH[name]) for name in ('ids', 'mask', 'types')), {}, labels=3, encoder=model.config
+  )
   tokens, memory = encoder.apply(variables, inputs, method='begin')
   delta, left = np.asarray(params['reducer']['learned']['delta']) / 128, []
   for half in encoder.halves():

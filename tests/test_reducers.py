@@ -73,7 +73,6 @@ def test_the_state_of_a_token_that_is_gone_changes_nothing_bit_for_bit(name):
     *(jnp.asarray(BATCH[name]) for name in ('ids', 'mask', 'types')),
     {},
     labels=3,
-    depth=4,
     encoder=model.config,
   )
 

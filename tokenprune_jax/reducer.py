@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
   """What a method may know of the raw input: ids [b n], mask [b n] bool, types [b n], controls {name: [b]}.
 
   controls: what may change from request to request without compiling again. labels: the number of classes c.
-  encoder: its `EncoderConfig`; depth: of it.
+  encoder: its `EncoderConfig`.
   """
 
   ids: Array
@@ -35,8 +35,12 @@ class Inputs(NamedTuple):
   types: Array
   controls: dict[str, Array]
   labels: int = 0
-  depth: int = 0
   encoder: Any = None
+
+  @property
+  def depth(self) -> int:
+    """Layers of the encoder."""
+    return self.encoder.depth
 
 
 class Half(NamedTuple):

@@ -109,7 +109,6 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
       given['types'],
       given['controls'],
       model.labels,
-      model.config.depth,
       model.config,
     )
     tokens, memory = call('begin', inputs, False, length)

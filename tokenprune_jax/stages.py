@@ -68,6 +68,16 @@ class Validation(NamedTuple):
     found = np.quantile(np.concatenate(shares), 1 - overflow_rate, axis=0, method='higher')
     return tuple(np.clip(found, 1e-6, 1.0).tolist())
 
+  def calibrated(
+    self,
+    fields: Mapping[str, Any],
+    column: Callable[[Trace], jax.Array],
+    controls: Mapping[str, float] | None = None,
+  ) -> dict[str, Any]:
+    """{'capacities': as above} where a method's `overflow_rate` asks for them; else nothing."""
+    rate = fields.get('overflow_rate', 0.0)
+    return {'capacities': self.capacities(column, rate, controls)} if rate else {}
+
 
 def default_objective(task: Task) -> Objective:
   """One forward pass: the task's loss plus what the method adds to it."""

@@ -96,10 +96,8 @@ class Served:
   ):
     longest = max(map(len, rows))
     lengths = (*(n for n in ladder.LENGTHS if n < longest), longest)
-    self.rows, self.server = (
-      rows,
-      serve.Server(model, params, ladder=ladder.Ladder(lengths), controls=controls),
-    )
+    self.rows = rows
+    self.server = serve.Server(model, params, ladder=ladder.Ladder(lengths), controls=controls)
     start = time.perf_counter()
     self.server.precompile()  # how rows come together differs from time to time
     self.compile_seconds = time.perf_counter() - start
@@ -131,7 +129,7 @@ def beside_dense(
   repeats: int = 3,
   served: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Seconds per example of each model, in turns, all compiled and warmed up before.
+  """Seconds per example of each model, in turns, all compiled before.
 
   models: name -> (model, params); the one named 'dense' is what the others are compared with. batches: as
   `data.batches` gives them; a round runs all of them through one model. served: names of models that get the same
@@ -143,8 +141,6 @@ def beside_dense(
   programs: dict[str, Forward | Served] = {
     name: Served(*made, rows) if name in served else Forward(*made, batches) for name, made in models.items()
   }
-  for program in programs.values():  # warm-up
-    program()
   times, found = in_turns(programs, repeats), {}
   for name, (model, _) in models.items():
     found[name] = {

@@ -35,8 +35,7 @@ FIXED = ('rank', *SIMPLE)  # rules whose counts are the schedule's
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
-  rate = fields.get('overflow_rate', 0.0)
-  return {'capacities': validation.capacities(lambda trace: trace.widest, rate)} if rate else {}
+  return validation.calibrated(fields, lambda trace: trace.widest)
 
 
 def quantile(scores: Float[Array, '*b n'], valid: Bool[Array, '*b n'], share: float) -> Float[Array, '*b 1']:

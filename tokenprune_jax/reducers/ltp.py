@@ -61,13 +61,10 @@ def straight_through(hard: Float[Array, '*b'], soft: Float[Array, '*b']) -> Floa
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """The scale at which validation meets the budget, where there is one; then capacities, where a rate is given."""
-  found: dict[str, Any] = {}
-  if fields.get('target_macs'):
-    found['scale'] = calibrated(fields['target_macs'], fields.get('scale', 1.0), validation)
-  if fields.get('overflow_rate'):
-    controls = {'scale': found['scale']} if found else {}
-    found['capacities'] = validation.capacities(lambda trace: trace.rows, fields['overflow_rate'], controls)
-  return found
+  if not fields.get('target_macs'):
+    return validation.calibrated(fields, lambda trace: trace.rows)
+  scale = {'scale': calibrated(fields['target_macs'], fields.get('scale', 1.0), validation)}
+  return {**scale, **validation.calibrated(fields, lambda trace: trace.rows, scale)}
 
 
 def calibrated(target: float, scale: float, validation: Any) -> float:
@@ -139,12 +136,8 @@ class Method(Reducer):
   def soft(self) -> bool:
     return self.mode == 'soft'  # the scores need a gradient under either form
 
-  def pruned(self, depth: int) -> tuple[int, ...]:
-    """The layers that prune."""
-    return tuple(range(1 if self.first_layer else 2, depth + 1))
-
   def decides(self, depth: int) -> tuple[Half, ...]:
-    return tuple(Half(l, True) for l in self.pruned(depth))
+    return tuple(Half(l, True) for l in range(1 if self.first_layer else 2, depth + 1))
 
   def reads(self, layer: int) -> tuple[str, ...]:
     return ('received',) if layer > 1 or self.first_layer else ()
@@ -213,13 +206,12 @@ class Method(Reducer):
     return self.masked(tokens, memory, jnp.pad(mask, ((0, 0), (0, tokens.added)), constant_values=1))
 
   def masked(self, tokens: Tokens, memory: Memory, mask: Float[Array, 'b n']) -> tuple[Tokens, Memory]:
-    """A soft mask in the stream; or, until the layer's output is there, in memory."""
-    if self.soft_form == 'stream':
-      seen = tokens.seen * (mask if tokens.seen.ndim == 2 else mask[:, None])
-      return tokens.replace(seen=seen, updated=tokens.updated * mask), memory
-    hard = (memory['training'][:, None] == 0) * (1 - mask)  # outside training tokens do leave
-    tokens = tokens.replace(seen=tokens.seen * (1 - hard), updated=tokens.updated * (1 - hard))
-    return tokens, {**memory, 'mask': mask}
+    """A soft mask in the stream; or, while that trains, in memory until the layer's output is there."""
+    here = mask
+    if self.soft_form == 'output':
+      memory, here = {**memory, 'mask': mask}, jnp.where(memory['training'][:, None] > 0, 1, mask)
+    seen = tokens.seen * (here if tokens.seen.ndim == 2 else here[:, None])
+    return tokens.replace(seen=seen, updated=tokens.updated * here), memory
 
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
     if not train or 'mask' not in memory:

@@ -135,9 +135,9 @@ OBJECTIVES = {'distil_approx': distil}
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
-  rate = fields.get('overflow_rate', 0.0)
-  planned = fields.get('mode', 'topk') != 'distil'
-  return {'capacities': validation.capacities(lambda trace: trace.keys, rate)} if rate and planned else {}
+  if fields.get('mode') == 'distil':  # nothing leaves
+    return {}
+  return validation.calibrated(fields, lambda trace: trace.keys)
 
 
 class Method(Reducer):
@@ -209,7 +209,7 @@ class Method(Reducer):
     seen, logits = self.approx(config, inputs)
     valid = inputs.mask.astype(jnp.float32)
     scores = [seen[f'scores_{l}'] for l in range(1, depth + 1)]
-    macs = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', inputs.mask.sum(-1))}
+    memory = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', inputs.mask.sum(-1))}
     if self.mode == 'distil':
       mine = self.widths(seen, inputs.encoder.width, depth)
       weight = valid.max(-1, keepdims=True) * jnp.ones_like(valid) if self.padding else valid
@@ -220,18 +220,22 @@ class Method(Reducer):
       watched = {
         f'approx_{l}': soft_weights(scores[l - 1], valid[:, None, None]) for l in range(1, depth + 1)
       }
-      memory = {'loss': loss, 'logits': logits[:, None], 'weight': weight, 'valid': valid, **mine, **watched}
-      return tokens, memory
+      return tokens, {
+        'loss': loss,
+        'logits': logits[:, None],
+        'weight': weight,
+        'valid': valid,
+        **mine,
+        **watched,
+      }
     if self.mode == 'topk':
       real = inputs.mask.sum(-1)
       count = jnp.ceil(self.keep * real - 1e-6) if self.keep <= 1 else jnp.minimum(self.keep, real)
       maps = [soft_weights(layer, valid[:, None, None]).mean(1) for layer in scores]
       plan = backtracking.top_k(maps, inputs.mask, [count.astype(jnp.int32)] * depth)
-      memory = macs
     else:
       theta = self.thresholds(depth, self.theta)
       plan, _ = backtracking.concrete(scores, inputs.mask, theta)
-      memory = dict(macs)
       if train:
         moved, share = regularisers(theta, self.theta, plan, valid)
         memory['loss'] = self.theta_weight * moved + self.mask_weight * share

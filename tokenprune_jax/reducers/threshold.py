@@ -31,8 +31,7 @@ REFERENCE = 128  # tokens, the padded length of the official recipe
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
-  rate = fields.get('overflow_rate', 0.0)
-  return {'capacities': validation.capacities(lambda trace: trace.rows, rate)} if rate else {}
+  return validation.calibrated(fields, lambda trace: trace.rows)
 
 
 def now(memory: Memory) -> Float[Array, 'b 1']:
