@@ -23,10 +23,11 @@ sys.path.insert(
 )  # so that this file can be run by its path
 
 from benchmarks import report
-from benchmarks.studies import DATASETS, METHODS, STUDIES, Row
+from benchmarks.studies import DATASETS, METHODS, STUDIES, Dataset, Row
 from tokenprune_jax import workdir
 from tokenprune_jax.errors import UserError
 
+MODEL = 'minilm-l6'  # of datasets that no study of this file is about
 KEPT = ('keep_ratio', 'keep_ratio_by_layer', 'mac_ratio', 'macs_per_example', 'dense_macs_per_example')
 MEASURED = (
   'metrics', *KEPT, 'time_ratio', 'memory_ratio', 'seconds', 'examples', 'correct', 'split_digest', 'commit',
@@ -35,9 +36,14 @@ MEASURED = (
 
 def arguments(row: Row, runs: str) -> list[str]:
   """The arguments of main.py that make this row."""
-  dataset = DATASETS[row.dataset]
+  dataset = DATASETS.get(row.dataset, Dataset(row.config, MODEL))
   # Time does not depend on the seed: one seed is enough.
-  overrides = (*dataset.overrides, *row.overrides, f'seed={row.seed}', f'eval.timing={row.seed == 0}')
+  overrides = (
+    *dataset.overrides,
+    *row.overrides,
+    f'seed={row.seed}',
+    f'eval.timing={row.timed and row.seed == 0}',
+  )
   return [f'--config={row.config or dataset.config}:{row.variant}', f'--workdir={workdir_of(row, runs)}',
           *(f'--config.{override}' for override in overrides)]  # fmt: skip
 
@@ -51,8 +57,8 @@ def empty(row: Row, runs: str) -> dict[str, Any]:
   """A row that has not run: every key there is, null where nothing is measured."""
   return {
     'dataset': row.dataset,
-    'model': DATASETS[row.dataset].model,
-    'method': METHODS[row.name][0],
+    'model': DATASETS[row.dataset].model if row.dataset in DATASETS else MODEL,
+    'method': METHODS[row.name][0] if row.name in METHODS else row.name,
     'variant': row.variant,
     'name': row.name,
     'seed': row.seed,

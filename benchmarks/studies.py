@@ -12,6 +12,7 @@ class Row(NamedTuple):
   seed: int
   overrides: tuple[str, ...] = ()
   config: str = ''  # the dataset's, where none is named
+  timed: bool = True  # beside dense at the end, for the first seed
 
 
 class Paper(NamedTuple):

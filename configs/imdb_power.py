@@ -2,7 +2,8 @@
 
     python main.py --config=configs/imdb_power.py --workdir=runs/imdb_power --config.reducer.penalty=1e-4
 
-`penalty` says how hard the search presses; retentions learn at 30 times the model's rate. Variant and weights after a colon:
+`penalty` says how hard the search presses, `target_macs` what the counts it finds are scaled to; retentions learn at 30
+times the model's rate. Variant and weights after a colon:
 `:searched` (default; there is no other), and `:searched,mpnet-base`.
 """
 
@@ -25,6 +26,7 @@ def get_config(argument: str = 'searched') -> ml_collections.ConfigDict:
       'counts': (),
       'mode': 'hard',
       'penalty': 1e-4,
+      'target_macs': 0.0,
       'slots': config.data.max_length,
     }
     config.optimizer.groups = (('reducer/.*', 30.0), ('head/.*', 10.0))

@@ -3,8 +3,8 @@
     python main.py --config=configs/imdb_sttabt.py --workdir=runs/imdb_sttabt --config.reducer.theta=-1.0
 
 `theta` is what keeps: sigmoid(theta) is about the share of tokens that a layer takes in. Variants and weights after a colon:
-`:concrete` (default) or `:topk` (no thresholds: `--config.reducer.keep=0.35` of the tokens for each layer, nothing learned
-after the ApproxNet), and `:concrete,mpnet-base`.
+`:concrete` (default), `:topk` (no thresholds: `--config.reducer.keep=0.35` of the tokens for each layer, nothing learned
+after the ApproxNet) or `:approx` (the ApproxNet of the pretrained encoder alone), and `:concrete,mpnet-base`.
 """
 
 import ml_collections
@@ -19,6 +19,7 @@ STTABT = {
   'factor': 4,
   'keep': 0.35,
   'theta': -1.0,
+  'target_macs': 0.0,
   'theta_weight': 1e-3,
   'mask_weight': 1e-3,
   'padding': False,
@@ -27,11 +28,14 @@ STTABT = {
 }
 
 
+MODES = {'concrete': 'hard', 'topk': 'topk', 'approx': 'distil'}
+
+
 def get_config(argument: str = 'concrete') -> ml_collections.ConfigDict:
   """The config of 'variant' or 'variant,weights'."""
   variant, _, weights = argument.partition(',')
-  if variant not in ('concrete', 'topk'):
-    raise UserError(f'the config has no variant {variant!r}; choose one of concrete, topk')
+  if variant not in MODES:
+    raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(MODES)}')
   config = imdb_fuzzy.get_config(f'dense,{weights or "minilm-l6"}')
   tune = settings.stage(name='tune', epochs=2, reducer={'name': 'none'})
   approx = settings.stage(
@@ -39,10 +43,12 @@ def get_config(argument: str = 'concrete') -> ml_collections.ConfigDict:
     epochs=5,
     init='tune',
     train='reducer/.*',
+    rate=10.0,  # it starts from nothing
     objective='distil_approx',
     checkpoint='last',
     reducer={'mode': 'distil'},
   )
+  alone = settings.stage(**{**approx, 'init': 'pretrained'})
   concrete = (
     settings.stage(name='soft', epochs=1, init='approx', reducer={'mode': 'soft'}),
     settings.stage(name='hard', epochs=1, init='soft'),
@@ -50,8 +56,11 @@ def get_config(argument: str = 'concrete') -> ml_collections.ConfigDict:
   # Nothing is left to learn, but capacities are found at the end of a stage.
   settled = (settings.stage(name='topk', epochs=1, init='approx', train='head/.*'),)
   with config.unlocked():
-    config.reducer = {**STTABT, 'mode': 'topk' if variant == 'topk' else 'hard'}
-    config.stages = (tune, approx, *(settled if variant == 'topk' else concrete))
+    config.reducer = {**STTABT, 'mode': MODES[variant]}
+    config.stages = {
+      'concrete': (tune, approx, *concrete), 'topk': (tune, approx, *settled), 'approx': (alone,),
+    }[variant]  # fmt: skip
+    config.optimizer.groups = (('head/.*|reducer/thresholds/.*', 10.0),)
     config.task.readout = 'cls'
     config.model.executor = 'compact'
   return config

@@ -217,11 +217,11 @@ def test_the_scale_is_searched_only_where_validation_misses_the_budget():
   validation = SimpleNamespace(
     mac_ratio=lambda controls: asked.append(controls['scale']) or costs(controls['scale'])
   )
-  assert ltp.calibrated(0.5, 1.0, validation) == 1.0 and asked == [1.0]
-  assert costs(ltp.calibrated(0.4, 1.0, validation)) == pytest.approx(0.4, abs=0.005)
-  assert costs(ltp.calibrated(0.9, 1.0, validation)) == pytest.approx(0.9, abs=0.005)
+  assert ltp.scaled(0.5, 1.0, validation) == 1.0 and asked == [1.0]
+  assert costs(ltp.scaled(0.4, 1.0, validation)) == pytest.approx(0.4, abs=0.005)
+  assert costs(ltp.scaled(0.9, 1.0, validation)) == pytest.approx(0.9, abs=0.005)
   with pytest.raises(UserError, match='0.2.*at least 0.3'):
-    ltp.calibrated(0.2, 1.0, validation)
+    ltp.scaled(0.2, 1.0, validation)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_the_scale_is_searched_only_where_validation_misses_the_budget():
   [
     ({'target_macs': 1.2}, 'target_macs is 1.2'),
     ({'target_macs': -0.1}, 'target_macs is -0.1'),
-    ({'target_macs': 0.1}, 'no threshold reaches.*at least 0.33'),
+    ({'target_macs': 0.1}, 'cannot reach.*at least 0.33'),
     ({'temperature': 0.0}, 'temperature is 0.0'),
     ({'mode': 'weak'}, "mode is 'weak'; choose one of hard, soft"),
     ({'score_norm': 'mean'}, "score_norm is 'mean'"),

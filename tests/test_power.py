@@ -106,6 +106,7 @@ def test_a_search_hands_its_counts_on(tmp_path):
   ('fields', 'words'),
   [
     ({'mode': 'soft'}, "mode is 'soft'"),
+    ({}, 'counts is empty'),
     ({'counts': (3, 2)}, 'counts needs 4 numbers'),
     ({'counts': (3, 2, 0, 0)}, 'counts needs 4 numbers of 1 or more'),
     ({'counts': (3, 4, 2, 2)}, 'they cannot rise'),

@@ -64,7 +64,10 @@ def logit(p: Float[Array, '*b']) -> Float[Array, '*b']:
 
 
 def concrete(
-  scores: Sequence[Float[Array, 'b h n n']], valid: Bool[Array, 'b n'], theta: Float[Array, ' l']
+  scores: Sequence[Float[Array, 'b h n n']],
+  valid: Bool[Array, 'b n'],
+  theta: Float[Array, '*#b l'],
+  mix: float = MIX,
 ) -> tuple[Float[Array, 'b m n'], Float[Array, 'b l n']]:
   """The soft plan of learned thresholds theta [layers]; a token is kept where it is at least 0.5.
 
@@ -77,13 +80,13 @@ def concrete(
   mask = score = class_token(valid)
   plan, ranks = [mask], []
   for layer in reversed(range(len(scores))):
-    asked = mask * (MIX * score + 1 - MIX)
+    asked = mask * (mix * score + 1 - mix)
     found = jnp.einsum('bi,bij->bj', asked, standing(scores[layer], valid)) / (
       mask.sum(-1, keepdims=True) + EPSILON
     )
     top = (found * alive).max(-1, keepdims=True)
     score = (0.01 + 0.99 * found / (top + EPSILON)) * alive
-    mask = jnp.maximum(jax.nn.sigmoid((theta[layer] + logit(score)) / TEMPERATURE) * alive, mask)
+    mask = jnp.maximum(jax.nn.sigmoid((theta[..., layer, None] + logit(score)) / TEMPERATURE) * alive, mask)
     plan.append(mask)
     ranks.append(score)
   return jnp.stack(plan[::-1], axis=1), jnp.stack(ranks[::-1], axis=1)

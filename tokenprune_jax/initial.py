@@ -2,13 +2,14 @@
 
 import functools
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from tokenprune_jax import optim, pretrained, writer
+from tokenprune_jax import optim, pretrained, stages, writer
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier
@@ -58,25 +59,58 @@ def param_shapes(model: Classifier) -> Any:
 
 
 def from_run(folder: str, config: EncoderConfig, labels: Sequence[str]) -> dict[str, Any]:
-  """The parameters that another run exported. A head for other labels is left out.
+  """The parameters that another run exported; those of the encoder alone where it was for other labels.
 
   Raises UserError where `folder` holds no finished run, or one with another encoder.
   """
+  found = exported(folder, config)
+  if tuple(found.labels) == tuple(labels):
+    return found.params
+  writer.say(f'{folder} has other labels ({", ".join(found.labels)}): its head is not used')
+  return {'encoder': found.params['encoder']}
+
+
+def exported(folder: str, config: EncoderConfig) -> pretrained.Exported:
+  """The model of a finished run. Raises UserError where there is none, or one with another encoder."""
   model = pathlib.Path(folder) / 'model'
   if not model.is_dir():
     raise UserError(
       f"a stage's init is '{folder}', which is neither 'pretrained', nor an earlier stage, nor the "
       'workdir of a finished run (one has a folder model/ in it).'
     )
-  exported = pretrained.load_exported(model)
+  found = pretrained.load_exported(model)
   for field in BACKBONE:
-    theirs, ours = getattr(exported.config, field), getattr(config, field)
+    theirs, ours = getattr(found.config, field), getattr(config, field)
     if theirs != ours:
       raise UserError(
         f'{model} was made from another encoder: its {field} is {theirs!r}, here {ours!r}. '
         'Set config.model.weights to what that run used.'
       )
-  if tuple(exported.labels) == tuple(labels):
-    return exported.params
-  writer.say(f'{model} has other labels ({", ".join(exported.labels)}): its head is not used')
-  return {'encoder': exported.params['encoder']}
+  return found
+
+
+def check_inherited(
+  stage: Mapping[str, Any], spec: Mapping[str, Any], config: EncoderConfig, earlier: Mapping[str, Classifier]
+) -> None:
+  """Raises UserError where a stage starts without what an earlier one has to have learned (`stages`: inherits).
+
+  earlier: the models of the stages before it.
+  """
+  for path, member in stages.placed(spec):
+    inherits = getattr(stages.module(member['name']), 'inherits', None)
+    wanted = inherits(member) if inherits else ''
+    if not wanted:
+      continue
+    source = stage['init_reducer'] or stage['init']
+    if source == 'pretrained':
+      there: set[str] = set()
+    elif source in earlier:
+      there = set(optim.flatten(param_shapes(earlier[source])))
+    else:
+      there = set(optim.flatten(exported(source, config).params))
+    prefix = '/'.join(('reducer', *path, ''))
+    if not any(re.fullmatch(re.escape(prefix) + wanted, name) for name in there):
+      raise UserError(
+        f"stage {stage['name']!r}: {member['name']} starts from '{source}', which has no {prefix}{wanted} in it. Name a "
+        "stage or a finished run that learned these, in the stage's init or init_reducer."
+      )

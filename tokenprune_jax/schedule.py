@@ -44,18 +44,14 @@ def check_shares(key: str, shares: Sequence[float], depth: int) -> None:
     raise UserError(f'{key} needs {depth} shares above 0 and at most 1, one a layer, got {tuple(shares)}')
 
 
-def check_budget(key: str, share: float, depth: int) -> None:
-  """Raises UserError unless a share of dense's MACs can be met by removal that begins after the first layer.
-
-  Layer 1 runs whole and so does the attention of layer 2, a third of its products or more.
-  """
+def check_budget(key: str, share: float, least: float) -> None:
+  """Raises UserError unless a share of dense's MACs can be met where at least `least` of them is always left."""
   if not 0 < share <= 1:
     raise UserError(f'{key} is {share}; it is a share of the dense multiply-adds, above 0 and at most 1')
-  least = (1 + 1 / 3) / depth
   if share < least:
     raise UserError(
-      f'{key} is {share}, which no threshold reaches: with {depth} layers, of which the first keeps all tokens, at least '
-      f'{least:.2f} is left. Ask for more, or take an encoder with more layers.'
+      f'{key} is {share}, which this method cannot reach: whatever it removes, at least {least:.2f} is left. Ask for '
+      'more, or take an encoder with more layers.'
     )
 
 

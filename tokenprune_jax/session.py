@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tokenprune_jax import data, predict, pretrained, sharding, stages, tasks, writer
+from tokenprune_jax import data, initial, predict, pretrained, sharding, stages, tasks, writer
 from tokenprune_jax.data import files
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, make_reducer
@@ -37,15 +37,47 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
     )
   mesh, task = sharding.make_mesh(config['parallel']['fsdp']), tasks.make(config['task']['name'])
   weights, max_length = load_weights(config), config['data']['max_length']
-  for stage in config['stages']:  # a wrong setting of the last stage is not to be found after the first one
-    spec = stages.reducer_spec(config['reducer'], (), stage)
-    stages.find_objective(stage, spec, task)
-    classifier(config, weights, spec, labels=2)
+  check_stages(config, weights, task)
   dataset = data.load(config['data'], weights.tokenizer, max_length, data.cache_dir(), seed=config['seed'])
   writer.say(dataset.describe())
   buckets = (*(length for length in config['data']['buckets'] if length < max_length), max_length)
   out = sharding.on_first(lambda: writer.MetricsWriter(folder))
   return Session(config, folder, mesh, task, weights, dataset, buckets, out)
+
+
+def check_stages(config: Mapping[str, Any], weights: pretrained.Pretrained, task: tasks.Task) -> None:
+  """Raises UserError for a wrong setting of any stage: the last one's is not to be found after the first has run."""
+  earlier: dict[str, Classifier] = {}
+  handed_on: list[dict[str, dict[str, Any]]] = []
+  for stage in config['stages']:
+    spec = stages.reducer_spec(config['reducer'], handed_on, stage)
+    stages.find_objective(stage, spec, task)
+    model = classifier(config, weights, spec, labels=2)
+    initial.check_inherited(stage, spec, weights.config, earlier)
+    if stage['teacher']:
+      check_teacher(stage, model, weights, earlier)
+    earlier[stage['name']] = model
+    handed_on.append(stages.expected(spec, weights.config.depth))
+
+
+def check_teacher(
+  stage: Mapping[str, Any],
+  model: Classifier,
+  weights: pretrained.Pretrained,
+  earlier: Mapping[str, Classifier],
+) -> None:
+  """Raises UserError where a stage's teacher is of another encoder, or runs fewer layers than the student."""
+  teacher, depth = stage['teacher'], weights.config.depth
+  if teacher in earlier:
+    reducer = earlier[teacher].reducer
+  else:
+    reducer = make_reducer(initial.exported(teacher, weights.config).reducer_spec)
+  theirs, ours = len(reducer.blocks(depth)), len(model.reducer.blocks(depth))
+  if ours > theirs:
+    raise UserError(
+      f'stage {stage["name"]!r}: the student runs {ours} layers, its teacher {teacher!r} only {theirs}; name a deeper '
+      'teacher, or fewer layers.'
+    )
 
 
 def load_weights(config: Mapping[str, Any]) -> pretrained.Pretrained:

@@ -77,10 +77,12 @@ DEFAULTS: dict[str, Any] = {
 STAGE: dict[str, Any] = {
   'name': 'finetune',
   'init': 'pretrained',  # or the name of an earlier stage, or another run's workdir
+  'init_reducer': '',  # the same for the method's own parameters alone; '': as init
   'train': '.*',  # regex of the parameter paths to train; the others are frozen
   'objective': 'default',  # or the name of one that the stage's reducer brings
-  'teacher': '',  # an earlier stage whose model is frozen beside this one
+  'teacher': '',  # an earlier stage, or another run's workdir, whose model is frozen beside this one
   'epochs': 2,
+  'rate': 1.0,  # factor of optimizer.learning_rate
   'checkpoint': 'best',  # that it hands on, by validation loss; or 'last', where that loss does not see what it trains
   'reducer': {},  # fields that differ from config.reducer; in a chain {'fuzzy': {'ratio': 0.8}}
 }
@@ -164,6 +166,7 @@ RULES: dict[str, Rule] = {
   'stages[].name': NAME,
   'stages[].train': REGEX,
   'stages[].epochs': at_least(1),
+  'stages[].rate': at_least(0),
   'stages[].checkpoint': one_of('best', 'last'),
 }
 

@@ -4,6 +4,11 @@ A method brings its own in `reducers/NAME.py`, beside its module, as plain value
 
   OBJECTIVES = {'soft': soft, …}      soft(apply, params, batch, rng, teacher) -> (loss, {name: scalar})
   def finish(fields, validation)      -> {field: value}: calibrated capacities, …, for later stages and for use
+  def at_budget(fields, target, validation)  -> {field: value}: settings at which it costs `target`, a share of dense's
+                                                multiply-adds; raises UserError where none is that cheap
+  def expected(fields, depth)         -> {field: value}: stand-ins for what `finish` will hand on: later stages are
+                                         checked with them before the first one runs
+  def inherits(fields)                -> regex of the method's parameters that a stage cannot start without; '': none
 
 fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass
 (`models.Output`), with dropout and noise where rng is not None; an objective may call it several times.
@@ -11,8 +16,8 @@ fields: the method's spec as the stage was trained. `apply(params, batch, rng)` 
 and metrics are means over the batch's rows by `batch['weight']`.
 """
 
-import functools
 import importlib
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -36,6 +41,16 @@ class Validation(NamedTuple):
   apply: Callable[..., Output]  # (batch)
   batches: Callable[[], Iterable[dict[str, jax.Array]]]
   reducer: Callable[[], Any] = dict  # () -> the trained parameters of the method that asks
+  encoder: Any = None  # its `EncoderConfig`
+
+  def of(self, path: Sequence[str]) -> 'Validation':
+    """As the method sees it whose parameters lie at `path` under the reducer's."""
+    return self._replace(reducer=lambda: at(self.reducer(), path))
+
+  def lengths(self) -> np.ndarray:
+    """Real tokens of every example [N]."""
+    found = [jax.device_get((batch['mask'].sum(-1), batch['weight'])) for batch in self.batches()]
+    return np.concatenate([count[weight > 0] for count, weight in found])
 
   def controlled(self, controls: Mapping[str, float]) -> Iterator[tuple[Output, dict[str, jax.Array]]]:
     """(output, batch) of every batch, all examples with the same controls."""
@@ -113,9 +128,38 @@ def finish(spec: Mapping[str, Any], validation: Validation) -> dict[str, dict[st
   for path, member in placed(spec):
     end = getattr(module(member['name']), 'finish', None)
     if end is not None:
-      own = functools.partial(lambda path: at(validation.reducer(), path), path)
-      fields[member['name']] = end(member, validation._replace(reducer=own))
+      fields[member['name']] = end(member, validation.of(path))
   return fields
+
+
+def expected(spec: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:
+  """{reducer: fields} of the kind that a stage's reducers will hand on."""
+  found = {}
+  for member in members(spec):
+    foretell = getattr(module(member['name']), 'expected', None)
+    if foretell is not None:
+      found[member['name']] = foretell(member, depth)
+  return found
+
+
+def at_budget(spec: Mapping[str, Any], target: float, validation: Validation) -> dict[str, Any]:
+  """`spec` with settings at which it costs `target` of dense on validation, which is of the model as trained.
+
+  Raises UserError where no member of it can be set by a budget, or more than one, or where none is that cheap.
+  """
+  if not 0 < target <= 1:
+    raise UserError(
+      f'the budget is {target}; it is a share of the dense multiply-adds, above 0 and at most 1'
+    )
+  able = [(path, member) for path, member in placed(spec) if hasattr(module(member['name']), 'at_budget')]
+  if len(able) != 1:
+    raise UserError(
+      f'{" and ".join(member["name"] for _, member in able) or spec["name"]} cannot be set by one budget; '
+      'a method with one setting for its cost can'
+    )
+  [(path, member)] = able
+  found = module(member['name']).at_budget(member, target, validation.of(path))
+  return with_handed_on(spec, {member['name']: found})
 
 
 def module(name: str) -> ModuleType:
@@ -192,13 +236,14 @@ def with_handed_on(spec: Mapping[str, Any], fields: Mapping[str, Mapping[str, An
 
 
 def check(stages: Sequence[Mapping[str, Any]]) -> None:
-  """Raises UserError where a teacher is not an earlier stage."""
+  """Raises UserError where a teacher is neither an earlier stage nor another run."""
   earlier: list[str] = []
   for stage in stages:
-    if stage['teacher'] and stage['teacher'] not in earlier:
+    teacher = stage['teacher']
+    if teacher and teacher not in earlier and not pathlib.Path(teacher, 'model').is_dir():
       raise UserError(
-        f"stage {stage['name']!r}: teacher is '{stage['teacher']}'; expected an earlier stage"
-        f' ({", ".join(earlier) or "there is none"}).'
+        f"stage {stage['name']!r}: teacher is '{teacher}'; expected an earlier stage"
+        f' ({", ".join(earlier) or "there is none"}), or the workdir of a finished run.'
       )
     earlier.append(stage['name'])
 

@@ -130,9 +130,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   objective = stages.find_objective(stage, spec, session.task)
   shapes = initial.param_shapes(model)
   trained = optim.trainable(shapes, stage['train'], model.unused_blocks())
-  teacher = stage['teacher']
-  teacher_model = make_model(session, done[teacher].reducer) if teacher else None
-  teacher_params = best_params(session, teacher, done[teacher]) if teacher else None
+  teacher_model, teacher_params = teacher_of(session, stage['teacher'], done)
 
   # -------------------------------------------------------------------------------------------------- Data
   plan = batches(session, 'train', options['batch_size'], seed=seed + len(done), shuffle=True)
@@ -140,7 +138,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   validate_every = config['eval']['every'] or plan.steps_per_epoch
 
   # -------------------------------------------------------------------------------------------------- State
-  rate = optim.schedule(options['learning_rate'], steps, options['warmup'])
+  rate = optim.schedule(options['learning_rate'] * stage['rate'], steps, options['warmup'])
   optimizer = optim.adamw(
     shapes,
     rate,
@@ -294,16 +292,37 @@ def accumulated(gradient: Callable, batch: Mapping[str, jax.Array], key: jax.Arr
 def initial_params(
   session: Session, stage: Mapping[str, Any], model: Classifier, done: Mapping[str, Done]
 ) -> Any:
-  """What a stage starts from, on the host: a fresh model with the weights of `init` in it."""
-  weights, init = session.weights, stage['init']
+  """What a stage starts from, on the host: a fresh model with the weights of `init` in it, and of `init_reducer`."""
+  weights, init, own = session.weights, stage['init'], stage['init_reducer']
+
+  def of_stage(name):
+    return sharding.to_host(best_params(session, name, done[name]), session.mesh)
+
   if init == 'pretrained':
     source, origin = weights.params, weights.source
   elif init in done:
-    source = sharding.to_host(best_params(session, init, done[init]), session.mesh)
-    origin = f'stage {init!r}'
+    source, origin = of_stage(init), f'stage {init!r}'
   else:
     source, origin = initial.from_run(init, weights.config, session.dataset.labels), init
+  if own:
+    other = of_stage(own) if own in done else initial.exported(own, weights.config).params
+    source, origin = {**source, 'reducer': other.get('reducer', {})}, f'{origin} and {own}'
   return initial.graft(model, jax.random.key(session.config['seed'], impl=PRNG), source, origin)
+
+
+def teacher_of(session: Session, teacher: str, done: Mapping[str, Done]) -> tuple[Classifier | None, Any]:
+  """(model, parameters) of a stage's teacher. Raises UserError where it answers with other labels."""
+  if not teacher:
+    return None, None
+  if teacher in done:
+    return make_model(session, done[teacher].reducer), best_params(session, teacher, done[teacher])
+  found = initial.exported(teacher, session.weights.config)
+  if tuple(found.labels) != tuple(session.dataset.labels):
+    raise UserError(
+      f'the teacher {teacher} has the labels {", ".join(found.labels)}; here they are {", ".join(session.dataset.labels)}.'
+    )
+  places = sharding.state_shardings(session.mesh, found.params)
+  return make_model(session, found.reducer_spec), sharding.put(found.params, places)
 
 
 def best_params(session: Session, name: str, stage: Done) -> Any:
@@ -324,10 +343,14 @@ def best_params(session: Session, name: str, stage: Done) -> Any:
 
 def validation(session: Session, model: Classifier, params: Callable[[], Any]) -> stages.Validation:
   """The validation split, as a method's `finish` sees it; params() is asked for at its first forward pass."""
-  place, forward = sharding.batch_sharding(session.mesh), jax.jit(stages.forward(model))
+  place = sharding.batch_sharding(session.mesh)
+  forward = jax.jit(
+    stages.forward(model.clone(executor='mask'))
+  )  # what a capacity is too small for is counted too
   plan = batches(session, 'valid', session.config['eval']['batch_size'])
   return stages.Validation(
     lambda batch: forward(params(), batch),
     lambda: (sharding.global_batch(batch, place) for batch in plan.iterator(0)),
     lambda: sharding.to_host(params().get('reducer', {}), session.mesh),
+    model.config,
   )

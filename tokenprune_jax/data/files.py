@@ -1,9 +1,11 @@
-"""A user's own CSV, TSV or JSONL files, read once into a tfds dataset that their content finds again."""
+"""A user's own CSV, TSV or JSONL files, gzipped or not, read once into a tfds dataset that their content finds again."""
 
 import csv
+import gzip
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,17 +87,21 @@ def cell_problem(row: Row, columns: Columns) -> str:
 def read_rows(path: Path, columns: Columns, key: str) -> Iterator[Row]:
   """Rows of the file's format, with errors of the file system as UserError."""
   name = f'{key}={str(path)!r}' if key else str(path)
-  if path.suffix not in SUFFIXES:
-    raise UserError(f'{name}: expected a file that ends in {", ".join(SUFFIXES)}')
+  zipped = path.suffix == '.gz'
+  suffix = path.with_suffix('').suffix if zipped else path.suffix
+  if suffix not in SUFFIXES:
+    raise UserError(f'{name}: expected a file that ends in {", ".join(SUFFIXES)}, or in one of these and .gz')
   try:
     # Bytes that are not UTF-8 become surrogates, so that the row they stand in can be named or skipped.
-    with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
-      if path.suffix == '.jsonl':
+    with (gzip.open if zipped else open)(
+      path, 'rt', encoding='utf-8-sig', errors='surrogateescape', newline=''
+    ) as file:
+      if suffix == '.jsonl':
         yield from read_jsonl(file, columns)
       else:
-        yield from read_table(file, path, DELIMITERS[path.suffix], columns)
-  except OSError as error:
-    raise UserError(f'{name} cannot be read: {error.strerror or error}') from error
+        yield from read_table(file, path, DELIMITERS[suffix], columns)
+  except (OSError, EOFError, zlib.error) as error:
+    raise UserError(f'{name} cannot be read: {getattr(error, "strerror", None) or error}') from error
 
 
 def read_jsonl(file: Iterator[str], columns: Columns) -> Iterator[Row]:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tokenprune_jax import schedule
+from tokenprune_jax import budget, schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
@@ -37,8 +37,6 @@ NEUTRAL: dict = {'threshold': 0.0, 'scale': 0.0}
 NORMS = ('received', 'per_live_token', 'per_padded_token')
 SOFT_FORMS = ('stream', 'output')
 LOWEST = 1e-5  # of a hard threshold: a token that receives nothing leaves wherever a layer prunes
-CLOSE = 0.005  # to the budget: nothing is left to calibrate
-SEARCH = 12  # bisections of the scale
 FURTHEST = 1e4
 
 
@@ -61,28 +59,34 @@ def straight_through(hard: Float[Array, '*b'], soft: Float[Array, '*b']) -> Floa
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """The scale at which validation meets the budget, where there is one; then capacities, where a rate is given."""
-  if not fields.get('target_macs'):
-    return validation.calibrated(fields, lambda trace: trace.rows)
-  scale = {'scale': calibrated(fields['target_macs'], fields.get('scale', 1.0), validation)}
+  if fields.get('target_macs'):
+    return at_budget(fields, fields['target_macs'], validation)
+  return validation.calibrated(fields, lambda trace: trace.rows)
+
+
+def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
+  """The factor of all thresholds, as `budget` asks for it; capacities go with it."""
+  scale = {'scale': scaled(target, fields.get('scale', 1.0), validation)}
   return {**scale, **validation.calibrated(fields, lambda trace: trace.rows, scale)}
 
 
-def calibrated(target: float, scale: float, validation: Any) -> float:
+def scaled(target: float, scale: float, validation: Any) -> float:
   """A factor of all thresholds at which validation costs `target` of dense's MACs; `scale`, where it does already."""
-  if abs(validation.mac_ratio({'scale': scale}) - target) <= CLOSE:
+
+  def cost(scale):
+    return validation.mac_ratio({'scale': scale})
+
+  if abs(cost(scale) - target) <= budget.CLOSE:
     return scale
   low, high = 0.0, max(scale, 0.1)
-  while (reached := validation.mac_ratio({'scale': high})) > target:
+  while (reached := cost(high)) > target:
     low, high = high, 4 * high
     if high > FURTHEST:
       raise UserError(
         f'reducer.target_macs is {target}, but on the validation split at least {reached:.3f} of the dense multiply-adds '
         'are left whatever the thresholds: protected tokens stay, and the first layer runs whole. Ask for more.'
       )
-  for _ in range(SEARCH):
-    middle = (low + high) / 2
-    low, high = (middle, high) if validation.mac_ratio({'scale': middle}) > target else (low, middle)
-  return (low + high) / 2
+  return budget.bisect(cost, target, low, high)
 
 
 class Deltas(nn.Module):
@@ -127,7 +131,8 @@ class Method(Reducer):
       if value not in choices:
         raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
     if self.target_macs:
-      schedule.check_budget('reducer.target_macs', self.target_macs, depth)
+      # Layer 1 runs whole, and so does the attention of layer 2: a third of its products or more.
+      schedule.check_budget('reducer.target_macs', self.target_macs, (1 + 1 / 3) / depth)
     schedule.check_capacities(self.capacities, self.overflow_rate, depth)
 
   def setup(self):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from tokenprune_jax import budget, schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
@@ -27,7 +28,7 @@ from tokenprune_jax.reducers.topk import best
 from tokenprune_jax.tokens import Tokens, descending_rank, leave
 
 TINY: dict = {'counts': (10, 6, 6, 2)}
-NEUTRAL: dict = {}
+NEUTRAL: dict = {'counts': (10**6,) * 4}
 
 
 def significance(received: Float[Array, 'b h n'], own: Float[Array, 'b h n']) -> Float[Array, 'b n']:
@@ -55,10 +56,33 @@ def configuration(r: Float[np.ndarray, 'L k']) -> tuple[int, ...]:
 
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
-  """The counts that a search has found."""
+  """The counts that a search has found; times one factor, where a budget is asked for."""
   if fields.get('mode', 'hard') != 'search':
     return {}
-  return {'counts': configuration(np.asarray(validation.reducer()['retention']['r'])), 'mode': 'hard'}
+  counts = configuration(np.asarray(validation.reducer()['retention']['r']))
+  found = {'counts': counts, 'mode': 'hard'}
+  target = fields.get('target_macs')
+  return {**found, **at_budget(found, target, validation)} if target else found
+
+
+def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
+  """The counts times one factor, as `budget` asks for it."""
+  given = np.array(fields['counts'])
+
+  def counts(factor):
+    return np.maximum(np.floor(factor * given + 1e-6), 1).astype(int)
+
+  def left(lengths, factor):
+    return np.minimum(lengths[:, None], counts(factor))
+
+  most = float(validation.lengths().max() / given.min())
+  found = budget.fixed_counts(target, validation, left, most)
+  return {'counts': tuple(counts(found).tolist())}
+
+
+def expected(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:
+  """A stand-in for what a search will hand on, by which later stages can be checked."""
+  return {'counts': (1,) * depth} if fields.get('mode', 'hard') == 'search' else {}
 
 
 class Retention(nn.Module):
@@ -72,10 +96,13 @@ class Retention(nn.Module):
 class Method(Reducer):
   """Keeps a learned number of tokens after each layer."""
 
-  counts: tuple[int, ...] = ()  # tokens that stay, by layer; (): all
+  counts: tuple[int, ...] = ()  # tokens that stay, by layer; (): those that a search hands on
   mode: str = 'hard'  # or 'search'
   penalty: float = 1e-4  # on the retention of the search
   slots: int = 512  # ranks that the search learns a retention for: the longest text in tokens
+  target_macs: float = (
+    0.0  # share of dense's multiply-adds that the counts of a search are scaled to; 0: as found
+  )
 
   def check(self, depth: int, heads: int) -> None:
     if self.mode not in ('hard', 'search'):
@@ -84,6 +111,12 @@ class Method(Reducer):
       raise UserError(
         f'reducer.penalty is {self.penalty} and slots is {self.slots}; expected 0 or more, and 1 or more'
       )
+    if self.mode == 'hard' and not self.counts:
+      raise UserError(
+        "reducer.counts is empty: name the tokens that stay by layer, or put a stage with reducer.mode='search' before"
+      )
+    if self.target_macs:
+      schedule.check_budget('reducer.target_macs', self.target_macs, 1 / 3 / depth)
     if self.counts and (len(self.counts) != depth or min(self.counts) < 1):
       raise UserError(f'reducer.counts needs {depth} numbers of 1 or more, one a layer, got {self.counts}')
     if any(low > high for high, low in zip(self.counts, self.counts[1:])):
@@ -97,7 +130,7 @@ class Method(Reducer):
 
   def falls(self, layer: int) -> bool:
     """Whether fewer tokens may go on than came."""
-    return bool(self.counts) and (layer == 1 or self.counts[layer - 1] < self.counts[layer - 2])
+    return layer == 1 or self.counts[layer - 1] < self.counts[layer - 2]
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, True) for l in range(1, depth + 1) if self.mode == 'hard' and self.falls(l))

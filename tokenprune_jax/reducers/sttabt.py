@@ -13,6 +13,8 @@ the tokens of its own plan entry and updates those of the next, so that its atte
           + mask_weight (sigmoid(theta) - mean over layers of the share of tokens that are updated)^2
   hard    the same, with masks of 0 and 1; what validation and inference see in either
 
+Controls of a request: `keep` (topk), `shift` (added to all thresholds) [b], in place of the fields.
+
 The read-out has to be [CLS]: a mean over all tokens needs all of them. Reconstructed here: the ApproxNet's classifier is a
 tanh layer and a linear one; hidden states are compared at real tokens only (`padding=True`: at all, as the official code).
 Soft masks go into the stream (seen and updated); the official code also scales keys, values and the hidden layer by them.
@@ -27,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tokenprune_jax import backtracking, flops, schedule
+from tokenprune_jax import backtracking, budget, flops, schedule
 from tokenprune_jax.attention import Evidence, soft_weights
 from tokenprune_jax.encoder import Encoder, EncoderConfig
 from tokenprune_jax.errors import UserError
@@ -41,6 +43,7 @@ NEUTRAL: dict = {'mode': 'topk', 'keep': 1.0, 'factor': 4}
 READOUT = 'cls'  # what the shared tests read out
 MODES = ('distil', 'topk', 'soft', 'hard')
 EPSILON = 1e-7
+FURTHEST = 20.0  # of a shift: all tokens, or none but [CLS]
 
 
 class Watcher(Reducer):
@@ -134,10 +137,34 @@ OBJECTIVES = {'distil_approx': distil}
 
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
-  """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
+  """The setting that meets the budget, where there is one; then capacities, where a rate is given."""
   if fields.get('mode') == 'distil':  # nothing leaves
     return {}
+  if fields.get('target_macs'):
+    return at_budget(fields, fields['target_macs'], validation)
   return validation.calibrated(fields, lambda trace: trace.keys)
+
+
+def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
+  """topk: `keep`; else `shift`, as `budget` asks for them; capacities go with it."""
+  topk = fields.get('mode', Method.mode) == 'topk'
+  name, cheap, dear = ('keep', 0.0, 1.0) if topk else ('shift', -FURTHEST, FURTHEST)
+
+  def cost(value):
+    return validation.mac_ratio({name: value})
+
+  if (least := cost(cheap)) > target:
+    raise UserError(
+      f'the budget is {target}, but on the validation split at least {least:.3f} of the dense multiply-adds are left: '
+      'what the ApproxNet costs, and what [CLS] needs. Ask for more, or take a larger reducer.factor.'
+    )
+  found = {name: budget.bisect(cost, target, dear, cheap)}
+  return {**found, **validation.calibrated(fields, lambda trace: trace.keys, found)}
+
+
+def inherits(fields: Mapping[str, Any]) -> str:
+  """The parameters that an earlier stage has to have learned, as a regular expression."""
+  return '' if fields.get('mode', Method.mode) == 'distil' else 'approx/.*'
 
 
 class Method(Reducer):
@@ -147,6 +174,11 @@ class Method(Reducer):
   factor: int = 4  # the ApproxNet's width and hidden layer are those of the encoder divided by it
   keep: float = 0.35  # topk: share of an example's tokens that each layer is asked for; above 1 a number
   theta: float = -1.0  # concrete: threshold that all layers start from; sigmoid(theta) is about what is kept
+  shift: float = 0.0  # concrete: added to all thresholds as they were learned; what meets a budget
+  target_macs: float = (
+    0.0  # share of dense's multiply-adds that a stage ends by finding keep or shift for; 0: none
+  )
+  mix: float = 0.1  # how much of an output's own score goes into what it asks of the layer below
   theta_weight: float = 1e-3
   mask_weight: float = 1e-3
   padding: bool = False  # distil: states of padding are compared too
@@ -164,6 +196,10 @@ class Method(Reducer):
       )
     if self.factor < 1:
       raise UserError(f'reducer.factor is {self.factor}; it divides the width, so choose 1 or more')
+    if not 0 <= self.mix <= 1:
+      raise UserError(f'reducer.mix is {self.mix}; expected a share from 0 to 1')
+    if self.target_macs:
+      schedule.check_budget('reducer.target_macs', self.target_macs, self.factor**-2)
     if self.theta_weight < 0 or self.mask_weight < 0:
       raise UserError(
         f'reducer.theta_weight is {self.theta_weight} and mask_weight is {self.mask_weight}; expected 0 or more'
@@ -191,6 +227,11 @@ class Method(Reducer):
 
   def reads(self, layer: int) -> tuple[str, ...]:
     return ('weights',) if self.mode == 'distil' else ()
+
+  def controlled(self, inputs: Inputs, name: str) -> Float[Array, 'b']:
+    """A setting by example: its control, or the field."""
+    given = jnp.full(inputs.ids.shape[0], getattr(self, name))
+    return inputs.controls.get(name, given).astype(jnp.float32)
 
   def narrow(self, config: EncoderConfig) -> EncoderConfig:
     """The ApproxNet's shape. Raises UserError where heads do not divide its width."""
@@ -229,13 +270,14 @@ class Method(Reducer):
         **watched,
       }
     if self.mode == 'topk':
-      real = inputs.mask.sum(-1)
-      count = jnp.ceil(self.keep * real - 1e-6) if self.keep <= 1 else jnp.minimum(self.keep, real)
+      real, keep = inputs.mask.sum(-1), self.controlled(inputs, 'keep')
+      count = jnp.where(keep <= 1, jnp.ceil(keep * real - 1e-6), jnp.minimum(keep, real))
       maps = [soft_weights(layer, valid[:, None, None]).mean(1) for layer in scores]
-      plan = backtracking.top_k(maps, inputs.mask, [count.astype(jnp.int32)] * depth)
+      plan = backtracking.top_k(maps, inputs.mask, [count.astype(jnp.int32)] * depth, self.mix)
     else:
       theta = self.thresholds(depth, self.theta)
-      plan, _ = backtracking.concrete(scores, inputs.mask, theta)
+      shifted = theta + self.controlled(inputs, 'shift')[:, None]
+      plan, _ = backtracking.concrete(scores, inputs.mask, shifted, self.mix)
       if train:
         moved, share = regularisers(theta, self.theta, plan, valid)
         memory['loss'] = self.theta_weight * moved + self.mask_weight * share

@@ -5,14 +5,18 @@
   counts   k_l = floor(share_l * t) of the example's t real tokens, at least 1
   kept     the k_l best of those left; the others leave between attention and feed-forward, and never return
 
-PoWER-BERT learns its counts, as a later method will; here they are given: `shares` by layer, or `ratio`, the share of each
+PoWER-BERT learns its counts (power.py); here they are given: `shares` by layer, or `ratio`, the share of each
 layer's tokens that the next one gets (share_l = ratio^l). What happens to a token that leaves is a field.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenprune_jax import lottery, schedule
+from tokenprune_jax import budget, lottery, schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
@@ -34,6 +38,23 @@ def best(
   """The `counts` best of the slots that are `left`; protected ones are the first to be chosen."""
   ranked = jnp.where(left, jnp.where(protected, jnp.inf, score), -jnp.inf)
   return left & ((descending_rank(ranked) < counts[:, None]) | protected)
+
+
+def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
+  """The shares times one factor, as `budget` asks for it. Raises UserError where tokens stay in part."""
+  method = Method(**{key: value for key, value in fields.items() if key != 'name'})
+  if method.leavers != 'gone':
+    raise UserError(f"a budget needs reducer.leavers='gone', but it is {method.leavers!r}")
+  given = np.array([method.share(l) for l in range(1, validation.encoder.depth + 1)])
+
+  def shares(factor):
+    return np.clip(np.round(factor * given, 6), 1e-6, 1.0)
+
+  def left(lengths, factor):
+    return np.maximum(np.floor(lengths[:, None] * shares(factor)), 1)
+
+  found = budget.fixed_counts(target, validation, left, 1 / given.min())
+  return {'shares': tuple(shares(found).tolist())}
 
 
 class Method(Reducer):

@@ -1,0 +1,185 @@
+"""Tables and plots of the study of learned token pruning, from its result file alone."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.text_runs import BUDGETS, CORPORA, KEEP, MAIN, METHODS, MIXES, UNTRAINED
+from tokenprune_jax import metrics
+
+COLOURS = dict(
+  zip(('dense', *METHODS), (report.PALETTE[6], *report.PALETTE[:6], *report.PALETTE[7:], *report.PALETTE))
+)
+
+
+def of(
+  document: Mapping[str, Any], dataset: str, name: str, variant: str, budget: float | None
+) -> list[dict[str, Any]]:
+  """The measured points of all seeds."""
+  wanted = dataset, name, variant, budget
+  return [
+    row for row in document['rows']
+    if (row['dataset'], row['name'], row['variant'], row['budget']) == wanted and row['metrics']
+  ]  # fmt: skip
+
+
+def best_on_validation(document: Mapping[str, Any], dataset: str) -> str | None:
+  """The method with the highest validation accuracy as trained, mean over seeds, of those with three."""
+  found = {
+    name: np.mean([row['valid']['accuracy'] for row in points])
+    for name in MAIN if len(points := of(document, dataset, name, 'trained', None)) == 3
+  }  # fmt: skip
+  return max(found, key=lambda name: found[name]) if found else None
+
+
+def line_of(points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Seeds, accuracy, difference to dense, verdict, keep ratio and MACs of some points."""
+  gain: metrics.Difference | None = report.difference(points, dense) if points is not dense else None
+  accuracies = report.mean_std([row['metrics']['accuracy'] for row in points])
+  return [
+    str(len(points)), report.percent(accuracies), report.points(gain and gain._asdict()),
+    ('yes' if gain.no_worse else 'no') if gain else '–',
+    *(report.number(report.mean([row[column] for row in points])) for column in ('keep_ratio', 'mac_ratio')),
+  ]  # fmt: skip
+
+
+def trained_table(document: Mapping[str, Any], dataset: str) -> str:
+  """Every method as trained, then at the budgets that it was set to."""
+  head = ['', 'budget', 'seeds', 'accuracy', 'accuracy − dense [95%]', 'no worse', 'keys kept', 'MACs']
+  dense = of(document, dataset, 'dense', 'trained', None)
+  lines, chosen = [head], best_on_validation(document, dataset)
+  lines += [['dense', '–', *line_of(dense, dense)]] if dense else []
+  for name, method in METHODS.items():
+    for budget in (None, *sorted(BUDGETS, reverse=True)):
+      points = of(document, dataset, name, 'trained' if budget is None else 'set', budget)
+      if points:
+        title = method.title + (' *chosen on validation*' if name == chosen and budget is None else '')
+        lines.append([title, 'as trained' if budget is None else f'{budget}', *line_of(points, dense)])
+  return report.table(lines)
+
+
+def untrained_table(document: Mapping[str, Any], dataset: str) -> str:
+  """Test accuracy (keys kept) by method and share that a layer is asked for."""
+  lines = [['', *(f'{keep:.0%}' for keep in KEEP)]]
+  for name, (title, _) in UNTRAINED.items():
+    found = [of(document, dataset, name, 'untrained', keep) for keep in KEEP]
+    lines.append([title, *(
+      f'{100 * points[0]["metrics"]["accuracy"]:.1f} ({points[0]["keep_ratio"]:.0%})' if points else '–' for points in found
+    )])  # fmt: skip
+  return report.table(lines)
+
+
+def mixes_line(document: Mapping[str, Any], dataset: str) -> str:
+  """Accuracy of back-tracking by p."""
+  found = []
+  for name, mix in (('abt', 0.1), *((f'abt {mix}', mix) for mix in MIXES)):
+    points = of(document, dataset, name, 'untrained', KEEP[1])
+    found += [(mix, points[0])] if points else []
+  cells = ', '.join(
+    f'p = {mix}: {100 * row["metrics"]["accuracy"]:.1f} ({row["keep_ratio"]:.0%})'
+    for mix, row in sorted(found, key=lambda f: f[0])
+  )
+  return f'Back-tracking at {KEEP[1]:.0%} a layer by p: {cells or "not run yet"}.\n'
+
+
+def quartile_table(document: Mapping[str, Any]) -> str:
+  """Trained on the shorter half: accuracy (MACs / dense's there) by quartile of length."""
+  found = document.get('quartiles') or {}
+  if 'dense' not in found:
+    return 'Not run yet.\n'
+  lines = [['', *(f'up to {part["longest"]} tokens' for part in found['dense'])]]
+  for name, parts in found.items():
+    cells = [
+      f'{100 * part["accuracy"]:.1f} ({part["macs"] / dense["macs"]:.2f})'
+      for part, dense in zip(parts, found['dense'])
+    ]
+    lines.append(['dense' if name == 'dense' else METHODS[name].title, *cells])
+  return report.table(lines)
+
+
+def not_measured(document: Mapping[str, Any]) -> str:
+  """Points without a number: how many of each method, by reason."""
+  counts: dict[tuple, int] = {}
+  for row in document['rows']:
+    if not row['metrics']:
+      place = CORPORA[row['dataset']].title, row['name'], row['variant'], row['reason']
+      counts[place] = counts.get(place, 0) + 1
+  lines = [
+    f'- {title}, {name}, {variant}: {count} ({reason})'
+    for (title, name, variant, reason), count in counts.items()
+  ]
+  return '## Points without a number\n\n' + '\n'.join(lines) + '\n' if lines else ''
+
+
+def page(document: Mapping[str, Any]) -> str:
+  """results/text_pruning.md."""
+  parts = [
+    '# Learned token pruning of text\n\nMiniLM-L6 (6 x 384), [CLS] read-out; every method starts from the same dense '
+    'fine-tunes. Accuracy on the test split, in percent; MACs and keys kept count real tokens.\n'
+  ]
+  for dataset in ('sst2', 'ag_news'):
+    title = CORPORA[dataset].title
+    parts += [
+      f'## {title}\n\n{trained_table(document, dataset)}',
+      f'![{title}](text_pruning_{dataset}.png)\n',
+    ]
+  parts.append(
+    '## Without training\n\nCells: accuracy (keys kept), by the share that each layer is asked for.\n'
+  )
+  for dataset in ('sst2', 'ag_news', 'bbc'):
+    parts += [
+      f'### {CORPORA[dataset].title}\n\n{untrained_table(document, dataset)}',
+      mixes_line(document, dataset),
+    ]
+  kl = ''.join(
+    f'- {CORPORA[dataset].title}: distilled {found["distilled"]:.3f}, random {found["random"]:.3f}\n'
+    for dataset, found in (document.get('divergences') or {}).items()
+  )
+  parts.append(f'### ApproxNet\n\nKL of its attention from the true one, nats:\n\n{kl or "Not run yet."}')
+  parts.append(
+    '## Longer than what it was trained on\n\nTrained on the shorter half of AG News; accuracy (MACs as a share of '
+    f"dense's) by quartile of the test texts' length.\n\n{quartile_table(document)}"
+  )
+  return '\n'.join([*parts, not_measured(document), report.origin(document)])
+
+
+def plot(path: pathlib.Path, document: Mapping[str, Any], dataset: str) -> None:
+  """Accuracy against MACs: a line a method; bars are the 95% interval of the difference to dense."""
+  drawing, axes = report.figure()
+  dense = of(document, dataset, 'dense', 'trained', None)
+  if not dense:
+    return
+  level = 100 * np.mean([row['metrics']['accuracy'] for row in dense])
+  for place, (name, method) in enumerate(METHODS.items()):
+    found = [
+      of(document, dataset, name, 'trained', None),
+      *(of(document, dataset, name, 'set', b) for b in BUDGETS),
+    ]
+    spots = sorted(spot(points, dense) for points in found if points)
+    if spots:
+      x, mean, low, high = (np.array(column) for column in zip(*spots))
+      marker = report.MARKERS[place % len(report.MARKERS)]
+      axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], fmt=f'{marker}-', color=COLOURS[name],
+                    elinewidth=0.9, capsize=2, markersize=5, linewidth=1.4, label=method.title)  # fmt: skip
+  report.level(axes, level)
+  report.legend(axes)
+  title = f'{CORPORA[dataset].title}: accuracy and cost'
+  report.titled(axes, title, 'Multiply-adds, share of dense', 'Test accuracy in %')
+  drawing.savefig(path)
+
+
+def spot(
+  points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]
+) -> tuple[float, float, float, float]:
+  """(MACs, difference to dense in points, its interval)."""
+  gain = report.difference(points, dense)
+  assert gain is not None  # dense runs come before all others of their seed
+  return (
+    float(np.mean([row['mac_ratio'] for row in points])),
+    100 * gain.mean,
+    100 * gain.low,
+    100 * gain.high,
+  )

@@ -1,0 +1,297 @@
+"""Learned token pruning of text, all methods on one footing: LTP, STTABT, PoWER-BERT, top-k, cascades, students.
+
+    python benchmarks/text_pruning.py [--data=data] [--runs=runs] [--rows=N] [--out=results/text_pruning.json]
+
+One dense MiniLM-L6 a dataset and seed, which every method starts from (configs/prune.py); each method is trained at about
+0.4 of dense's multiply-adds and then set to other budgets on the validation split, without training. The test split only
+reports. `--data` holds sst2/ and ag_news/, each with train, valid and test.jsonl.gz: lines {"text": …, "label": …}. The
+queue goes on with the same command after any stop.
+
+Besides: what a dense checkpoint loses without any training, on these and BBC News; how near a distilled ApproxNet comes to
+the true attention; and how methods trained on the shortest half of the texts do on longer ones.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
+
+import numpy as np
+
+from benchmarks import accuracy, report, text_page
+from benchmarks.studies import Row
+from benchmarks.text_runs import (
+  BUDGETS,
+  KEEP,
+  MIXES,
+  UNTRAINED,
+  approx_row,
+  dense_row,
+  placed,
+  rows,
+  write_corpora,
+)
+from benchmarks.trained import SCORES, Trained
+from tokenprune_jax import workdir
+from tokenprune_jax.errors import UserError
+
+QUARTERS = 4  # of the test texts, by length
+PLOTTED = ('sst2', 'ag_news')
+
+
+# ------------------------------------------------------------------------------------------------------ Points
+def empty(row: Row, budget: float | None) -> dict[str, Any]:
+  """A point that was not measured. budget: None as trained."""
+  return {
+    'dataset': row.dataset, 'model': 'minilm-l6', 'method': row.name, 'variant': 'trained' if budget is None else 'set',
+    'name': row.name, 'seed': row.seed, 'split': 'test', 'budget': budget, 'reducer': None, 'valid': None, 'reachable': True,
+    'reason': report.NOT_RUN, **dict.fromkeys(accuracy.MEASURED),
+  }  # fmt: skip
+
+
+def settled(point: Mapping[str, Any]) -> bool:
+  """Whether nothing is left to do: measured, or a budget that no setting meets."""
+  return bool(point['metrics']) or not point['reachable']
+
+
+def key(point: Mapping[str, Any]) -> tuple:
+  """What tells points apart."""
+  return tuple(point[name] for name in ('dataset', 'name', 'variant', 'seed', 'budget'))
+
+
+def points_of(row: Row) -> list[dict[str, Any]]:
+  """The points of a run, not measured."""
+  if row.name == 'approx':
+    return []
+  able = row.name not in ('dense', 'dense_cls', 'student', 'student_third')
+  return [empty(row, None), *(empty(row, budget) for budget in BUDGETS if able and row.dataset != 'ag_short')]
+
+
+def measured(point: dict[str, Any], trained: Trained) -> dict[str, Any]:
+  """A point of a finished run with its numbers, or the reason why there are none."""
+  from tokenprune_jax import stages
+
+  spec = trained.exported.reducer_spec
+  if point['budget'] is not None:
+    try:
+      spec = stages.at_budget(spec, point['budget'], trained.validation(spec))
+    except UserError as error:
+      return {**point, 'reason': str(error), 'reachable': False}
+  valid = trained.evaluate(spec, 'valid')
+  return {
+    **point, **trained.evaluate(spec), 'reducer': spec,
+    'valid': {**{score: valid['metrics'][score] for score in SCORES}, 'mac_ratio': valid['mac_ratio']},
+  }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- Untrained
+def untrained_points() -> Iterator[dict[str, Any]]:
+  """Every setting without training, not measured: dense checkpoints of seed 0."""
+  for dataset in ('sst2', 'ag_news', 'bbc'):
+    for keep in KEEP:
+      for name in UNTRAINED:
+        yield {**empty(Row(dataset, name, '', 0), keep), 'variant': 'untrained', 'mix': None}
+      for mix in MIXES if keep == KEEP[1] else ():
+        yield {**empty(Row(dataset, f'abt {mix}', '', 0), keep), 'variant': 'untrained', 'mix': mix}
+
+
+def untrained(point: dict[str, Any], dense: Trained, approx: Mapping[str, Any]) -> dict[str, Any]:
+  """A point of a dense checkpoint under a method that it was not trained with. approx: the ApproxNet's parameters."""
+  from tokenprune_jax import schedule
+
+  name, keep = point['name'].split()[0], point['budget']
+  _, spec = UNTRAINED[name]
+  spec, depth = dict(spec), dense.exported.config.depth
+  if spec['name'] == 'topk':
+    spec['shares'] = tuple(round(share, 4) for share in schedule.manual(keep, depth))
+  else:
+    spec |= {'keep': keep, 'mix': 0.1 if point['mix'] is None else point['mix']}
+  return {**point, **dense.evaluate(spec, params=with_approx(dense, spec, approx)), 'reducer': spec}
+
+
+def with_approx(dense: Trained, spec: Mapping[str, Any], approx: Mapping[str, Any]) -> Any:
+  """The dense parameters with the ApproxNet that `spec` needs: the given one, or the encoder itself."""
+  if spec['name'] != 'sttabt':
+    return dense.params
+  if spec.get('factor', 4) > 1:
+    return {**dense.params, 'reducer': {'approx': approx['approx']}}
+  fresh = dense.model(spec).init_params(key_of(0))['reducer']['approx']
+  return {**dense.params, 'reducer': {'approx': {**fresh, 'encoder': dense.params['encoder']}}}
+
+
+def key_of(seed: int) -> Any:
+  """A random key."""
+  import jax
+
+  return jax.random.key(seed)
+
+
+def divergences(dense: Trained, approx: Mapping[str, Any]) -> dict[str, float]:
+  """KL(true attention || ApproxNet's), mean over rows, heads, layers and validation texts: distilled, and at random."""
+  import jax
+
+  from tokenprune_jax.attention import soft_weights
+  from tokenprune_jax.encoder import Encoder
+  from tokenprune_jax.reducer import Inputs
+  from tokenprune_jax.reducers import sttabt
+
+  config = dense.exported.config
+  method = sttabt.Method(mode='topk')
+  narrow = method.narrow(config)
+  fresh = dense.model({'name': 'sttabt', 'mode': 'topk'}).init_params(key_of(1))['reducer']
+
+  def maps(config, params, batch):
+    inputs = Inputs(batch['ids'], batch['mask'], batch['types'], {}, 2, config)
+    memory = Encoder(config, sttabt.Watcher()).apply({'params': params}, inputs)[1]
+    seen = batch['mask'][:, None, None].astype(np.float32)
+    return [soft_weights(memory[f'scores_{l}'], seen) for l in range(1, config.depth + 1)]
+
+  @jax.jit
+  def apart(batch, student):
+    valid = batch['mask'].astype(np.float32)
+    pairs = zip(
+      maps(config, dense.params['encoder'], batch), maps(narrow, student['approx']['encoder'], batch)
+    )
+    return sum(sttabt.map_divergence(a, b, valid) for a, b in pairs) / config.depth
+
+  found = {}
+  for name, student in (('distilled', approx), ('random', fresh)):
+    batches = dense.validation({'name': 'none'}).batches()
+    found[name] = float(np.mean([float(apart(batch, student)) for batch in batches]))
+  return found
+
+
+def quartiles(folder: pathlib.Path) -> list[dict[str, float]]:
+  """Accuracy and cost by quartile of length, of a run's own test predictions."""
+  lines = (folder / 'predictions_test.jsonl').read_text(encoding='utf-8').splitlines()
+  records = sorted((json.loads(line) for line in lines), key=lambda record: record['length'])
+  parts = np.array_split(np.arange(len(records)), QUARTERS)
+  return [
+    {
+      'longest': records[part[-1]]['length'],
+      'accuracy': float(np.mean([records[i]['label'] == records[i]['prediction'] for i in part])),
+      'macs': float(np.mean([records[i]['macs'] for i in part])),
+    }
+    for part in parts
+  ]
+
+
+# -------------------------------------------------------------------------------------------------------- Queue
+class Study:
+  """The result file as it grows."""
+
+  def __init__(self, options: argparse.Namespace, command: str):
+    self.options, self.path, self.command = options, pathlib.Path(options.out), command
+    self.runs = [placed(row, options) for row in rows()]
+    points = [point for row in self.runs for point in points_of(row)] + list(untrained_points())
+    before = report.read(self.path)
+    known = {key(point): point for point in before['rows'] if settled(point)}
+    self.document = {
+      **report.header(command), 'rows': [known.get(key(point), point) for point in points],
+      'divergences': before.get('divergences', {}), 'quartiles': before.get('quartiles', {}),
+    }  # fmt: skip
+
+  def save(self) -> None:
+    """The file, its table and its plots."""
+    workdir.write_json(self.path, self.document)
+    workdir.write_text(self.path.with_suffix('.md'), text_page.page(self.document))
+    for dataset in PLOTTED:
+      text_page.plot(self.path.with_name(f'text_pruning_{dataset}.png'), self.document, dataset)
+
+  def missing(self, row: Row) -> list[int]:
+    """Places of a run's points that are not measured."""
+    own = row.dataset, row.name, row.seed
+    return [
+      place for place, point in enumerate(self.document['rows'])
+      if (point['dataset'], point['name'], point['seed']) == own and not settled(point) and point['variant'] != 'untrained'
+    ]  # fmt: skip
+
+  def folder(self, row: Row) -> pathlib.Path:
+    """A run's workdir."""
+    return pathlib.Path(accuracy.workdir_of(row, self.options.runs))
+
+  def finish(self, row: Row) -> None:
+    """Runs a row where it is not finished, and measures its points."""
+    places = self.missing(row)
+    if not (self.folder(row) / 'result.json').exists():
+      made = accuracy.run(row, self.options.runs)
+      if not made['metrics']:
+        for place in places:
+          self.document['rows'][place]['reason'] = made['reason']
+        return
+    trained = Trained(self.folder(row)) if places else None
+    for place in places:
+      point = self.document['rows'][place] = measured(self.document['rows'][place], trained)
+      tell(point)
+      workdir.write_json(self.path, self.document)
+    if row.dataset == 'ag_short' and row.name not in self.document['quartiles']:
+      self.document['quartiles'][row.name] = quartiles(self.folder(row))
+
+  def without_training(self) -> None:
+    """Dense checkpoints under methods that they were not trained with."""
+    approx_run = self.folder(approx_row(0))
+    if not (approx_run / 'result.json').exists():
+      return
+    approx = Trained(approx_run).params['reducer']
+    for dataset in ('sst2', 'ag_news', 'bbc'):
+      folder = self.folder(dense_row(dataset, 0))
+      places = [
+        place for place, point in enumerate(self.document['rows'])
+        if point['variant'] == 'untrained' and point['dataset'] == dataset and not point['metrics']
+      ]  # fmt: skip
+      if not (folder / 'result.json').exists() or not (places or dataset not in self.document['divergences']):
+        continue
+      dense = Trained(folder)
+      for place in places:
+        point = self.document['rows'][place] = untrained(self.document['rows'][place], dense, approx)
+        tell(point)
+        workdir.write_json(self.path, self.document)
+      if dataset not in self.document['divergences']:
+        self.document['divergences'][dataset] = divergences(dense, approx)
+
+
+def tell(point: Mapping[str, Any]) -> None:
+  """One line about a point."""
+  where = (
+    f'{point["dataset"]} {point["name"]} seed {point["seed"]} {point["variant"]} {point["budget"] or ""}'
+  )
+  said = point['reason'] or (
+    f'accuracy {point["metrics"]["accuracy"]:.4f}, MACs {point["mac_ratio"]:.3f}, keys {point["keep_ratio"]:.3f}'
+  )
+  print(f'{where}: {said}', flush=True)
+
+
+def main() -> None:
+  """Runs and points that are missing, in order."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--data', default='data', help='folder of the datasets')
+  parser.add_argument('--runs', default='runs', help='folder of the workdirs')
+  parser.add_argument('--rows', type=int, default=10**6, help='stop after this many runs')
+  parser.add_argument('--out', default='results/text_pruning.json')
+  options = parser.parse_args()
+  try:
+    write_corpora(options)
+  except UserError as error:
+    raise SystemExit(f'error: {error}') from error
+  study = Study(options, shlex.join(['python', 'benchmarks/text_pruning.py']))
+  waiting = [
+    row for row in study.runs if study.missing(row) or not (study.folder(row) / 'result.json').exists()
+  ]
+  for number, row in enumerate(waiting[: options.rows], 1):
+    print(f'[{number}/{len(waiting)}] {row.dataset} {row.name} seed {row.seed}', flush=True)
+    study.finish(row)
+    study.save()
+  study.without_training()
+  study.save()
+  print(study.path.with_suffix('.md').read_text(encoding='utf-8'))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,169 @@
+"""The study of learned token pruning as data: its corpora, methods and runs, in the order in which they are worth having."""
+
+import argparse
+import gzip
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.studies import Row
+from tokenprune_jax import workdir
+from tokenprune_jax.errors import UserError
+
+BUDGETS = (
+  0.4,
+  0.55,
+  0.3,
+  0.7,
+  0.2,
+)  # shares of dense's multiply-adds, in the order in which they are worth having
+TRAINED_AT = 0.4
+
+
+class Corpus(NamedTuple):
+  """A dataset as it is trained on here."""
+
+  title: str
+  length: int
+  buckets: tuple[int, ...]
+  epochs: int
+  limit: int = 0  # training texts that are sampled; 0: all
+
+
+CORPORA = {
+  'sst2': Corpus('SST-2', 64, (16, 32, 64), 3, 10_000),
+  'ag_news': Corpus('AG News', 128, (48, 64, 96, 128), 3),
+  'ag_short': Corpus('AG News, trained on its shorter half', 128, (48, 64, 96, 128), 3),
+  'bbc': Corpus('BBC News', 256, (64, 128, 192, 256), 3),
+}
+BUDGET = (f'reducer.target_macs={TRAINED_AT}',)
+
+
+class Method(NamedTuple):
+  """How a method stands in tables, what configs/prune.py calls it, and what is changed of its config."""
+
+  title: str
+  recipe: str
+  overrides: tuple[str, ...] = ()
+
+
+METHODS = {
+  'ltp': Method('LTP', 'ltp', BUDGET),
+  'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5')),
+  'power': Method('PoWER-BERT', 'power', BUDGET),
+  'topk': Method('top-k', 'topk'),
+  'topk_cls': Method('top-k by [CLS]', 'topk', ('reducer.score=cls',)),
+  'topk_random': Method('top-k at random', 'topk', ('reducer.score=random',)),
+  'topk_cumulative': Method('top-k, cumulative', 'topk', ('reducer.score=cumulative',)),
+  'manual': Method('top-k, manual schedule', 'manual', ('reducer.score=received',)),
+  'cascade': Method('cascade (SpAtten)', 'cascade'),
+  'student': Method('student, half of the layers', 'student'),
+  'student_third': Method('student, a third of the layers', 'student_third'),
+}
+MAIN = ('topk', 'ltp', 'power', 'sttabt')  # three seeds
+
+UNTRAINED = {
+  'manual': ('top-k on the way up', {'name': 'topk', 'score': 'received'}),
+  'abt': ('back-tracking, ApproxNet', {'name': 'sttabt', 'mode': 'topk'}),
+  'oracle': ('back-tracking, true attention', {'name': 'sttabt', 'mode': 'topk', 'factor': 1}),
+  'random': ('top-k at random', {'name': 'topk', 'score': 'random'}),
+}
+KEEP = (0.1, 0.2, 0.3, 0.4, 0.6)  # of the tokens, by layer
+MIXES = (0.0, 0.5, 1.0)  # of back-tracking, beside its default of 0.1
+
+
+# ------------------------------------------------------------------------------------------------------- Runs
+def dense_row(dataset: str, seed: int) -> Row:
+  """The fine-tune that all methods on a dataset start from."""
+  corpus = CORPORA[dataset]
+  if dataset == 'bbc':
+    return Row('bbc', 'dense_cls', 'dense', seed, ('task.readout=cls',), timed=False)
+  data = {'train': f'{{data}}/{dataset}/train.jsonl.gz', 'valid': f'{{data}}/{dataset}/valid.jsonl.gz'}
+  data['test'] = f'{{data}}/{dataset}/test.jsonl.gz'
+  if dataset == 'ag_short':
+    data = {name: path.replace('ag_short', 'ag_news') for name, path in data.items()}
+    data['train'] = '{runs}/ag_news_short.jsonl'
+  overrides = (
+    *(f'data.{name}={path}' for name, path in data.items()), f'data.train_limit={corpus.limit}',
+    f'data.max_length={corpus.length}', f'data.buckets={corpus.buckets}'.replace(' ', ''), 'task.readout=cls',
+    f'stages[0].epochs={corpus.epochs}', 'optimizer.learning_rate=1e-4',
+  )  # fmt: skip
+  return Row(dataset, 'dense', 'dense', seed, overrides, 'configs/own_data.py', False)
+
+
+def approx_row(seed: int) -> Row:
+  """The ApproxNet of the pretrained encoder, on all texts pooled."""
+  overrides = (
+    'data.name=file', 'data.train={runs}/pooled.jsonl', 'data.train_limit=0', 'data.max_length=256',
+    'data.buckets=(16,32,64,96,128,256)',
+  )  # fmt: skip
+  return Row('pooled', 'approx', 'approx', seed, overrides, 'configs/imdb_sttabt.py', False)
+
+
+def method_row(dataset: str, name: str, seed: int) -> Row:
+  """A method, from the dense run of its dataset and seed."""
+  method = METHODS[name]
+  approx = f',{{runs}}/pooled/approx-seed{seed}' if method.recipe == 'sttabt' else ''
+  variant = f'{method.recipe},{{runs}}/{dataset}/dense-seed{seed}{approx}'
+  return Row(dataset, name, variant, seed, method.overrides, 'configs/prune.py', False)
+
+
+def rows() -> Iterator[Row]:
+  """Every run, in the order in which they are worth having."""
+  for seed in (0, 1, 2):
+    for dataset in ('sst2', 'ag_news'):
+      yield dense_row(dataset, seed)
+      yield from (method_row(dataset, name, seed) for name in MAIN[:-1])
+    yield approx_row(seed)
+    yield from (method_row(dataset, MAIN[-1], seed) for dataset in ('sst2', 'ag_news'))
+    if seed == 0:
+      yield dense_row('bbc', 0)
+      yield dense_row('ag_short', 0)
+      yield from (method_row('ag_short', name, 0) for name in ('ltp', 'power', 'topk'))
+  for dataset in ('sst2', 'ag_news'):
+    yield from (method_row(dataset, name, 0) for name in METHODS if name not in MAIN)
+
+
+def placed(row: Row, options: argparse.Namespace) -> Row:
+  """The row with the folders that it names."""
+  folders = {'data': options.data, 'runs': options.runs}
+  return row._replace(
+    variant=row.variant.format(**folders), overrides=tuple(text.format(**folders) for text in row.overrides)
+  )
+
+
+def texts(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of a gzipped JSONL file."""
+  with gzip.open(path, 'rt', encoding='utf-8') as file:
+    return [json.loads(line) for line in file]
+
+
+def write_corpora(options: argparse.Namespace) -> None:
+  """The pooled texts, and the shorter half of AG News by words. Raises UserError where the datasets are not there."""
+  data, runs = pathlib.Path(options.data), pathlib.Path(options.runs)
+  missing = [
+    str(data / name) for name in ('sst2', 'ag_news') if not (data / name / 'train.jsonl.gz').exists()
+  ]
+  if missing:
+    raise UserError(
+      f'{missing[0]} holds no train.jsonl.gz; put the datasets there, or name their folder with --data'
+    )
+  from tokenprune_jax.data import datasets
+
+  ag_news = texts(data / 'ag_news' / 'train.jsonl.gz')
+  ag_news.sort(key=lambda row: len(row['text'].split()))
+  sst2 = texts(data / 'sst2' / 'train.jsonl.gz')
+  chosen = np.random.default_rng(0).permutation(len(sst2))[: CORPORA['sst2'].limit]
+  bbc = [path.read_bytes().decode('utf-8', 'replace') for path in datasets.package_files(
+    datasets.Bbc.PACKAGE, datasets.Bbc.VERSION, 'bbcnews/data/*/*.txt')]  # fmt: skip
+  pooled = [{'text': sst2[i]['text'], 'label': 'sst2'} for i in chosen]
+  pooled += [{'text': row['text'], 'label': 'ag_news'} for row in ag_news]
+  pooled += [{'text': text, 'label': 'bbc'} for text in bbc[::2]]
+  runs.mkdir(parents=True, exist_ok=True)
+  for name, lines in (('pooled', pooled), ('ag_news_short', ag_news[: len(ag_news) // 2])):
+    path = runs / f'{name}.jsonl'
+    if not path.exists():
+      workdir.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))

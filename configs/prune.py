@@ -1,0 +1,67 @@
+"""Prune a model that another run has fine-tuned: the same data, weights and read-out, a method, and its own training.
+
+    python main.py --config=configs/prune.py:ltp,runs/dense --workdir=runs/ltp --config.reducer.target_macs=0.4
+
+After the colon: a method (ltp, power, sttabt, abt: back-tracking without thresholds, topk, cascade, manual, student,
+student_third), the workdir of a finished dense run and, for sttabt and abt, that of one with a trained ApproxNet, where
+there is one (`imdb_sttabt.py:approx`). A method's recipe is that of its own config without the fine-tune at the beginning,
+so that one dense run serves them all.
+"""
+
+import json
+import pathlib
+
+import ml_collections
+
+from configs import imdb_ltp, imdb_power, imdb_sttabt, imdb_student, imdb_topk
+from tokenprune_jax.errors import UserError
+
+RECIPES = {
+  'ltp': (imdb_ltp, 'budget'),
+  'power': (imdb_power, 'searched'),
+  'sttabt': (imdb_sttabt, 'concrete'),
+  'abt': (imdb_sttabt, 'topk'),
+  'topk': (imdb_topk, 'third'),
+  'cascade': (imdb_topk, 'cascade'),
+  'manual': (imdb_topk, 'manual'),
+  'student': (imdb_student, 'half'),
+  'student_third': (imdb_student, 'third'),
+}
+KEPT = ('seed', 'task', 'data')  # of the dense run
+
+
+def read(folder: str) -> dict:
+  """The config of a finished run. Raises UserError where there is none."""
+  file = pathlib.Path(folder) / 'config.json'
+  if not folder or not file.exists():
+    raise UserError(
+      'the config needs the workdir of a finished dense run, as in --config=configs/prune.py:ltp,runs/dense'
+      + (f'; there is no {file}' if folder else '')
+    )
+  return json.loads(file.read_text(encoding='utf-8'))
+
+
+def moved(stage: dict, dense: str, approx: str) -> dict:
+  """A stage that starts from the given runs where it started from earlier stages."""
+  if stage['init'] == 'approx' and approx:
+    stage |= {'init': dense, 'init_reducer': approx}
+  return {**stage, **{key: dense for key in ('init', 'teacher') if stage[key] == 'tune'}}
+
+
+def get_config(argument: str = '') -> ml_collections.ConfigDict:
+  """The config of 'method,dense run[,run with an ApproxNet]'."""
+  method, _, folders = argument.partition(',')
+  dense, _, approx = folders.partition(',')
+  if method not in RECIPES:
+    raise UserError(f'the config has no method {method!r}; choose one of {", ".join(RECIPES)}')
+  given, (recipe, variant) = read(dense), RECIPES[method]
+  left_out = {'tune', 'approx'} if approx else {'tune'}
+  config = recipe.get_config(f'{variant},{given["model"]["weights"]}')
+  with config.unlocked():
+    for key in KEPT:
+      config[key] = ml_collections.ConfigDict(given[key]) if isinstance(given[key], dict) else given[key]
+    config.model = ml_collections.ConfigDict({**given['model'], 'executor': config.model.executor})
+    config.stages = tuple(
+      moved(dict(stage), dense, approx) for stage in config.stages if stage['name'] not in left_out
+    )
+  return config

@@ -1,0 +1,89 @@
+"""Budgets: what each method that takes one would change, and that the model then costs it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.reference import model_and_params, ragged_batch
+from tokenprune_jax import budget, stages
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import make_reducer
+
+LENGTHS = np.arange(10, 42, 2)
+BATCH = {**ragged_batch(tuple(LENGTHS.tolist()), 40), 'weight': np.ones(len(LENGTHS), np.float32)}
+SPECS = {
+  'topk': {'name': 'topk', 'shares': (0.9, 0.8, 0.5, 0.2)},
+  'topk by ratio': {'name': 'topk', 'ratio': 0.7},
+  'power': {'name': 'power', 'counts': (24, 16, 16, 5)},
+  'ltp': {'name': 'ltp', 'threshold': 0.01},
+  'back-tracking': {'name': 'sttabt', 'mode': 'topk', 'factor': 4},
+  'thresholds': {'name': 'sttabt', 'mode': 'hard', 'factor': 4},
+}
+
+
+def validation_of(spec):
+  """(Validation of a random model over one batch, its parameters)."""
+  model, params = model_and_params(spec)
+  batch = {name: jnp.asarray(values) for name, values in BATCH.items()}
+  forward = jax.jit(stages.forward(model))
+  found = stages.Validation(
+    lambda batch: forward(params, batch), lambda: [batch], lambda: params.get('reducer', {}), model.config
+  )
+  return found, params
+
+
+@pytest.mark.parametrize('name', SPECS)
+def test_a_budget_is_met(name):
+  spec = SPECS[name]
+  validation, params = validation_of(spec)
+  for target in (0.75, 0.5):
+    settled = stages.at_budget(spec, target, validation)
+    assert settled['name'] == spec['name'] and settled != spec
+    changed, _ = model_and_params(settled)
+    changed = changed.check()
+    output = changed.apply({'params': params}, {k: jnp.asarray(v) for k, v in BATCH.items()})
+    reached = float(output.macs.sum() / output.dense_macs.sum())
+    assert reached == pytest.approx(target, abs=0.03), settled  # 16 short texts: a token is half a percent
+
+
+def test_counts_cost_what_the_model_says():
+  """The count that needs no forward pass, against the trace; evidence and head apart."""
+  validation, _ = validation_of(SPECS['power'])
+  np.testing.assert_array_equal(validation.lengths(), LENGTHS)
+  counted = budget.of_counts(validation.encoder, LENGTHS, np.minimum(LENGTHS[:, None], (24, 16, 16, 5)))
+  assert counted == pytest.approx(validation.mac_ratio({}), rel=0.03)
+  assert budget.of_counts(validation.encoder, LENGTHS, np.repeat(LENGTHS[:, None], 4, 1)) == pytest.approx(1)
+
+
+def test_bisection_finds_the_setting_from_either_side():
+  assert budget.bisect(lambda x: 1 / (1 + x), 0.25, 0.0, 10.0) == pytest.approx(3, abs=0.05)
+  assert budget.bisect(lambda x: x, 0.3, 1.0, 0.0) == pytest.approx(0.3, abs=0.002)
+  jumps = budget.bisect(lambda x: 0.9 if x < 2 else 0.1, 0.5, 0.0, 10.0)
+  assert jumps >= 2  # where no setting costs it, one that costs less
+
+
+@pytest.mark.parametrize(
+  ('spec', 'target', 'words'),
+  [
+    (SPECS['topk'], 0.0, 'the budget is 0.0'),
+    (SPECS['topk'], 1.5, 'the budget is 1.5'),
+    (SPECS['topk'], 0.05, 'the budget is 0.05.*one token left after the first layer'),
+    (SPECS['power'], 0.05, 'the budget is 0.05.*Ask for more'),
+    (SPECS['ltp'], 0.1, 'target_macs is 0.1.*at least'),
+    (SPECS['thresholds'], 0.05, 'the budget is 0.05.*ApproxNet'),
+    ({'name': 'topk', 'leavers': 'frozen', 'ratio': 0.7}, 0.5, "leavers='gone'"),
+    ({'name': 'none'}, 0.5, 'none cannot be set by one budget'),
+    ({'name': 'chain', 'reducers': ({'name': 'ltp'}, {'name': 'topk'})}, 0.5, 'ltp and topk cannot'),
+  ],
+)
+def test_a_budget_that_nothing_meets_is_refused(spec, target, words):
+  with pytest.raises(UserError, match=words):
+    stages.at_budget(spec, target, validation_of(spec)[0])
+
+
+def test_a_member_of_a_chain_is_set():
+  spec = {'name': 'chain', 'reducers': (SPECS['ltp'], {'name': 'none'})}
+  settled = stages.at_budget(spec, 0.6, validation_of(spec)[0])
+  assert settled['reducers'][0]['scale'] > 0 and settled['reducers'][1] == {'name': 'none'}
+  make_reducer(settled)

@@ -1,0 +1,141 @@
+"""From a finished dense run: configs/prune.py, what a stage may start from, and what is refused before any step."""
+
+import json
+import sys
+
+import pytest
+
+from tests.tiny_run import config as tiny_config
+from tokenprune_jax import session, settings, tasks, train
+from tokenprune_jax.errors import UserError
+
+sys.path.insert(0, '.')  # configs is no part of the installed package
+
+from configs import prune
+
+WEIGHTS = 'random:bert:layers=4,width=32,heads=2,hidden=64,vocab=256'
+APPROX = {'name': 'sttabt', 'factor': 4}
+
+
+def stage(name, **fields):
+  return {'name': name, 'epochs': 1, **fields}
+
+
+def tiny(reducer, *stages):
+  found = tiny_config(reducer=reducer, model__weights=WEIGHTS, task__readout='cls')
+  found['stages'] = stages
+  return found
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """Workdirs of a dense run and of one that trained an ApproxNet, with other labels."""
+  folder = tmp_path_factory.mktemp('runs')
+  train.run(tiny({'name': 'none'}, stage('tune')), folder / 'dense')
+  distil = stage('approx', train='reducer/.*', objective='distil_approx', reducer={'mode': 'distil'})
+  pooled = folder / 'pooled.jsonl'
+  pooled.write_text(
+    ''.join(json.dumps({'text': f'word{i} again', 'label': f'from{i % 2}'}) + '\n' for i in range(40))
+  )
+  config = tiny({**APPROX, 'mode': 'distil'}, distil)
+  config['data'] |= {'name': 'file', 'train': str(pooled)}
+  train.run(config, folder / 'approx')
+  return folder
+
+
+def given(method, *folders):
+  """A checked config of configs/prune.py, an epoch a stage."""
+  config = prune.get_config(','.join([method, *map(str, folders)])).to_dict()
+  for found in config['stages']:
+    found['epochs'] = 1
+  return settings.check(config)
+
+
+def test_thresholds_are_learned_from_two_runs(runs, tmp_path):
+  config = given('sttabt', runs / 'dense', runs / 'approx')
+  assert [found['name'] for found in config['stages']] == ['soft', 'hard']
+  config['reducer'] |= {'target_macs': 0.6}
+  result = train.run(config, tmp_path)
+  assert result['mac_ratio'] == pytest.approx(0.6, abs=0.08)
+  hard = result['stages']['hard']
+  assert hard['fields']['sttabt']['shift'] == pytest.approx(hard['fields']['sttabt']['shift'])
+  assert len(hard['fields']['sttabt']['capacities']) == 4
+
+
+def test_a_student_learns_from_another_run(runs, tmp_path):
+  config = given('student', runs / 'dense')
+  assert config['stages'][0]['teacher'] == config['stages'][0]['init'] == str(runs / 'dense')
+  config['reducer'] |= {'layers': (1, 4)}
+  assert train.run(config, tmp_path)['mac_ratio'] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize('method', prune.RECIPES)
+def test_every_recipe_is_sound(runs, method):
+  config = given(method, runs / 'dense')
+  assert config['data']['train_limit'] == 48 and config['task']['readout'] == 'cls'
+  if 'shares' in config['reducer']:
+    config['reducer']['shares'] = (0.9, 0.7, 0.5, 0.2)  # this encoder has 4 layers
+  if method == 'student':
+    config['reducer']['layers'] = (1, 4)
+  checked(config)
+
+
+def checked(config):
+  config = settings.check(config)
+  session.check_stages(config, session.load_weights(config), tasks.make('classify'))
+
+
+SOFT, HARD = (
+  stage('soft', init='approx', reducer={'mode': 'soft'}),
+  stage('hard', init='soft', reducer={'mode': 'hard'}),
+)
+DISTIL = stage('approx', objective='distil_approx', reducer={'mode': 'distil'})
+
+
+@pytest.mark.parametrize(
+  ('reducer', 'stages', 'words'),
+  [
+    (APPROX, (HARD | {'init': 'pretrained'},), "'hard': sttabt starts from 'pretrained'.*no reducer/approx"),
+    (APPROX, (stage('tune', reducer={'name': 'none'}), SOFT | {'init': 'tune'}), "'soft'.*from 'tune'"),
+    (APPROX, (SOFT, DISTIL), "init is 'approx', which is neither"),
+    ({'name': 'power'}, (stage('retrain'),), "counts is empty.*'search' before"),
+    ({'name': 'power'}, (stage('retrain'), stage('search', reducer={'mode': 'search'})), 'counts is empty'),
+    ({'name': 'power', 'mode': 'search', 'target_macs': 0.01}, (stage('search'),), 'cannot reach.*at least 0.08'),
+    ({**APPROX, 'target_macs': 0.05}, (DISTIL, SOFT), 'cannot reach'),
+    ({**APPROX, 'target_macs': 1.5}, (DISTIL, SOFT), 'target_macs is 1.5'),
+    ({**APPROX, 'mix': 1.5}, (DISTIL, SOFT), 'mix is 1.5'),
+    (
+      {'name': 'student', 'layers': (1, 4)},
+      (
+        stage('small', reducer={'layers': (1,)}),
+        stage('tune', init='small', teacher='small', objective='distil'),
+      ),
+      "the student runs 2 layers, its teacher 'small' only 1",
+    ),
+    ({'name': 'topk', 'shares': (0.9,) * 6}, (stage('tune'),), 'needs 4 shares'),
+    ({'name': 'student'}, (stage('tune', teacher='nobody', objective='distil'),), "teacher is 'nobody'"),
+  ],
+)  # fmt: skip
+def test_stages_that_cannot_follow_each_other_are_refused(reducer, stages, words, tmp_path):
+  with pytest.raises(UserError, match=words):
+    train.run(tiny(reducer, *stages), tmp_path)
+
+
+def test_other_encoders_are_refused(runs):
+  config = given('sttabt', runs / 'dense', runs / 'approx')
+  config['model']['weights'] = 'random:bert:layers=2,width=32,heads=2,hidden=64,vocab=256'
+  with pytest.raises(UserError, match='its depth is 4, here 2'):
+    checked(config)
+
+
+@pytest.mark.parametrize(
+  ('argument', 'words'),
+  [
+    ('', "no method ''"),
+    ('ltp', 'workdir of a finished dense run'),
+    ('ltp,runs/nowhere', 'there is no runs/nowhere'),
+  ],
+)
+def test_a_config_without_its_run_says_so(argument, words):
+  with pytest.raises(UserError, match=words):
+    prune.get_config(argument)

@@ -1,0 +1,147 @@
+"""The study of learned token pruning, with stand-ins for runs and models: its queue, table and plots."""
+
+import gzip
+import json
+import pathlib
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
+
+from benchmarks import accuracy, report, text_page, text_pruning, text_runs  # noqa: E402
+from tests.test_accuracy_queue import fake_result  # noqa: E402
+from tokenprune_jax import stages  # noqa: E402
+from tokenprune_jax.data import datasets  # noqa: E402
+from tokenprune_jax.errors import UserError  # noqa: E402
+
+
+def records(rate, seed):
+  random, labels = np.random.default_rng(seed), np.random.default_rng(99).integers(5, size=120)
+  right = random.random(120) < rate
+  return [
+    {'label': int(y), 'prediction': int(y if ok else (y + 1) % 5), 'length': 10 + i, 'macs': 100.0}
+    for i, (y, ok) in enumerate(zip(labels, right))
+  ]
+
+
+class Trained:
+  """A model whose accuracy falls with its budget."""
+
+  def __init__(self, folder):
+    self.params = {'reducer': {'approx': {}}}
+    self.exported = SimpleNamespace(
+      reducer_spec={'name': 'topk', 'budget': 1.0}, config=SimpleNamespace(depth=6)
+    )
+
+  def validation(self, spec):
+    return None
+
+  def evaluate(self, spec, split='test', params=None):
+    share = spec.get('budget', spec.get('keep', 0.5))
+    scores = dict.fromkeys(text_pruning.SCORES, 0.5 + 0.4 * share)
+    found = records(0.5 + 0.4 * share, int(1000 * share))
+    return {
+      'metrics': scores,
+      'keep_ratio': share,
+      'mac_ratio': share,
+      'reason': None,
+      **report.correctness(found),
+    }
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+  """run(*arguments) -> names of the runs that were started; `failing` names those that fail."""
+  started, failing = [], set()
+  for name in ('sst2', 'ag_news'):
+    (tmp_path / 'data' / name).mkdir(parents=True)
+    with gzip.open(tmp_path / 'data' / name / 'train.jsonl.gz', 'wt') as file:
+      file.writelines(json.dumps({'text': 'word ' * (i + 1), 'label': i % 2}) + '\n' for i in range(8))
+
+  def made(row, runs):
+    name = f'{row.dataset}/{row.name}-seed{row.seed}'
+    started.append(name)
+    if name in failing:
+      return {'metrics': None, 'reason': 'no room'}
+    fake_result(pathlib.Path(accuracy.workdir_of(row, runs)), 0.9, len(started))
+    lines = ''.join(json.dumps(record) + '\n' for record in records(0.9, len(started)))
+    (pathlib.Path(accuracy.workdir_of(row, runs)) / 'predictions_test.jsonl').write_text(lines)
+    return {'metrics': {}, 'reason': None} | {'metrics': {'accuracy': 1.0}}
+
+  def at_budget(spec, target, validation):
+    if target == 0.2:
+      raise UserError('the budget is 0.2, ask for more')
+    return {**spec, 'budget': target}
+
+  def run(*arguments):
+    started.clear()
+    base = [
+      'text_pruning.py',
+      f'--data={tmp_path}/data',
+      f'--runs={tmp_path}/runs',
+      f'--out={tmp_path}/text_pruning.json',
+    ]
+    monkeypatch.setattr(sys, 'argv', [*base, *arguments])
+    text_pruning.main()
+    return list(started)
+
+  monkeypatch.setattr(accuracy, 'run', made)
+  monkeypatch.setattr(stages, 'at_budget', at_budget)
+  monkeypatch.setattr(datasets, 'package_files', lambda *_: [])
+  monkeypatch.setattr(text_pruning, 'Trained', Trained)
+  monkeypatch.setattr(text_pruning, 'with_approx', lambda *_: None)
+  monkeypatch.setattr(text_pruning, 'divergences', lambda *_: {'distilled': 0.2, 'random': 1.6})
+  bootstrap = report.metrics.paired_bootstrap
+  monkeypatch.setattr(report.metrics, 'paired_bootstrap', lambda *given: bootstrap(*given, draws=50))
+  run.failing = failing
+  return run
+
+
+def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatch):
+  plot = text_page.plot
+  monkeypatch.setattr(text_page, 'plot', lambda *_: None)  # drawn once, below
+  study.failing.add('sst2/ltp-seed0')
+  assert study('--rows=3') == ['sst2/dense-seed0', 'sst2/topk-seed0', 'sst2/ltp-seed0']
+  found = json.loads((tmp_path / 'text_pruning.json').read_text())
+  assert [row['reason'] for row in found['rows'] if row['name'] == 'ltp'][0] == 'no room'
+  study.failing.clear()
+  first = study('--rows=1')
+  assert first == ['sst2/ltp-seed0']
+  rest = study()
+  assert len(rest) == len(list(text_runs.rows())) - 3 and not set(rest) & {'sst2/dense-seed0', *first}
+  assert study() == []
+  document = json.loads((tmp_path / 'text_pruning.json').read_text())
+  assert {row['reason'] for row in document['rows']} == {None, 'the budget is 0.2, ask for more'}
+  assert set(document['divergences']) == {'sst2', 'ag_news', 'bbc'} and set(
+    document['quartiles']['ltp'][0]
+  ) >= {'accuracy'}
+  text = (tmp_path / 'text_pruning.md').read_text()
+  assert (
+    'chosen on validation' in text and 'distilled 0.200, random 1.600' in text and 'up to 39 tokens' in text
+  )
+  lines = [line for line in text.splitlines() if line.startswith('| LTP')]
+  assert len(lines) == 2 * (1 + len(text_runs.BUDGETS) - 1) + 1
+  plot(tmp_path / 'plot.png', document, 'sst2')
+  assert 10_000 < (tmp_path / 'plot.png').stat().st_size < 300_000
+
+
+def test_missing_data_is_told(monkeypatch, tmp_path):
+  monkeypatch.setattr(sys, 'argv', ['text_pruning.py', f'--data={tmp_path}'])
+  with pytest.raises(SystemExit, match=r'sst2 holds no train.jsonl.gz.*--data'):
+    text_pruning.main()
+
+
+def test_every_run_comes_after_those_it_starts_from():
+  seen = set()
+  for row in text_runs.rows():
+    row = text_runs.placed(row, SimpleNamespace(data='data', runs='runs'))
+    needed = [name for name in row.variant.split(',')[1:] if name.startswith('runs/')]
+    assert set(needed) <= seen
+    seen.add(accuracy.workdir_of(row, 'runs'))
+    arguments = accuracy.arguments(row, 'runs')
+    assert not any('{' in argument for argument in arguments)
+    assert '--config.eval.timing=False' in arguments

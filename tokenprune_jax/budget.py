@@ -1,0 +1,53 @@
+"""Searching for settings at which a method costs a stated share of dense's multiply-adds (`stages.at_budget`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tokenprune_jax import flops
+from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.errors import UserError
+
+CLOSE = 0.005  # to a budget: nothing is left to find
+STEPS = 12  # bisections
+
+
+def bisect(
+  cost: Callable[[float], float], target: float, dear: float, cheap: float, steps: int = STEPS
+) -> float:
+  """A setting between `dear` and `cheap` where a monotone cost is about `target`; cost(cheap) is at most that."""
+  for _ in range(steps):
+    middle = (dear + cheap) / 2
+    if abs(reached := cost(middle) - target) <= CLOSE / 4:
+      return middle
+    dear, cheap = (middle, cheap) if reached > 0 else (dear, middle)
+  return cheap
+
+
+def of_counts(config: EncoderConfig, lengths: np.ndarray, left: np.ndarray) -> float:
+  """MACs as a share of dense's where `left` [N L] of each example's `lengths` [N] tokens go on after each attention."""
+  before = np.concatenate([lengths[:, None], left[:, :-1]], axis=1)
+  total = flops.block_macs(config, before, before, before, left).sum()
+  return float(total / flops.block_macs(config, *[lengths * 1.0] * 4).sum() / config.depth)
+
+
+def fixed_counts(
+  target: float, validation: Any, left: Callable[[np.ndarray, float], np.ndarray], most: float
+) -> float:
+  """The factor of a method's counts at which validation costs `target`.
+
+  left(lengths [N], factor) -> [N L] tokens that go on after each layer's attention; at `most` all of them. Raises
+  UserError where even a factor of 0 costs more.
+  """
+  lengths = validation.lengths()
+
+  def cost(factor):
+    return of_counts(validation.encoder, lengths, left(lengths, factor))
+
+  if (least := cost(0.0)) > target:
+    raise UserError(
+      f'the budget is {target}, but with one token left after the first layer {least:.3f} of the dense '
+      'multiply-adds remain: its projections and attention run whole. Ask for more.'
+    )
+  return bisect(cost, target, most, 0.0, steps=40)
