@@ -59,7 +59,8 @@ METHODS = {
   'topk_random': Method('top-k at random', 'topk', ('reducer.score=random',)),
   'topk_cumulative': Method('top-k, cumulative', 'topk', ('reducer.score=cumulative',)),
   'manual': Method('top-k, manual schedule', 'manual', ('reducer.score=received',)),
-  'cascade': Method('cascade (SpAtten)', 'cascade'),
+  'cascade': Method('cascade of tokens', 'cascade'),
+  'spatten': Method('cascade of tokens and heads (SpAtten)', 'spatten'),
   'student': Method('student, half of the layers', 'student'),
   'student_third': Method('student, a third of the layers', 'student_third'),
 }

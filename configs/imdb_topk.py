@@ -3,7 +3,8 @@
     python main.py --config=configs/imdb_topk.py --workdir=runs/imdb_topk
 
 Variants and weights after a colon: `:half` (default, about half of dense's multiply-adds), `:third`, `:cascade` (SpAtten's
-schedule and score), `:manual` (the schedule that STTABT is compared with), and `:half,mpnet-base`. `reducer.score` is one of
+schedule and score), `:spatten` (that with its cascade of heads, which are masked and counted, not removed), `:manual` (the
+schedule that STTABT is compared with), and `:half,mpnet-base`. `reducer.score` is one of
 received, cls, cumulative and random. Counts are fixed, so tokens leave in training too (executor compact).
 """
 
@@ -14,8 +15,9 @@ from tokenprune_jax import schedule
 from tokenprune_jax.errors import UserError
 
 ENDS = {'half': (0.95, 0.05), 'third': (0.65, 0.02)}  # shares left after the first and the last layer
-SCHEDULES = {'cascade': schedule.cascade, 'manual': schedule.manual}
-KEEP = 0.4  # of both: at the end of the cascade, on average of the other
+SCHEDULES = {'cascade': schedule.cascade, 'spatten': schedule.cascade, 'manual': schedule.manual}
+KEEP = 0.4  # of all: at the end of a cascade, on average of the manual schedule
+HEADS = 0.75  # at the end of the cascade of heads
 
 
 def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
@@ -25,7 +27,8 @@ def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
     raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join((*ENDS, *SCHEDULES))}')
   weights = weights or 'minilm-l6'
   config = imdb_fuzzy.get_config(f'dense,{weights}')
-  depth, score = imdb_fuzzy.DEPTH.get(weights, 12), 'cumulative' if variant == 'cascade' else 'received'
+  depth = imdb_fuzzy.DEPTH.get(weights, 12)
+  score = 'cumulative' if variant in ('cascade', 'spatten') else 'received'
   if variant in ENDS:
     first, last = ENDS[variant]
     shares = [first + (last - first) * l / (depth - 1) for l in range(depth)]
@@ -41,5 +44,8 @@ def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
       'seed': 0,
       'leavers': 'gone',
     }
+    if variant == 'spatten':
+      heads = {'name': 'heads', 'shares': schedule.cascade(HEADS, depth)}
+      config.reducer = {'name': 'chain', 'reducers': (config.reducer.to_dict(), heads)}
   config.model.executor = 'compact'
   return config

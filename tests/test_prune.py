@@ -73,8 +73,9 @@ def test_a_student_learns_from_another_run(runs, tmp_path):
 def test_every_recipe_is_sound(runs, method):
   config = given(method, runs / 'dense')
   assert config['data']['train_limit'] == 48 and config['task']['readout'] == 'cls'
-  if 'shares' in config['reducer']:
-    config['reducer']['shares'] = (0.9, 0.7, 0.5, 0.2)  # this encoder has 4 layers
+  for member in config['reducer'].get('reducers', (config['reducer'],)):
+    if 'shares' in member:
+      member['shares'] = (0.9, 0.7, 0.5, 0.2)  # this encoder has 4 layers
   if method == 'student':
     config['reducer']['layers'] = (1, 4)
   checked(config)

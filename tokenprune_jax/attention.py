@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-LIGHT = {'received', 'first_row'}  # evidence that needs no whole attention map
+LIGHT = {'received', 'first_row', 'magnitude'}  # evidence that needs no whole attention map
 PASS = 128  # queries of one pass over the keys
 EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything hard, where it is at least 1
 
@@ -20,7 +20,8 @@ class Evidence(NamedTuple):
 
   received [b h n]: weights summed over updated queries; 0 where unseen. own [b h n]: what a slot gives to itself.
   entropy [b h n]: entropy in nats of how that attention spreads over the queries. first_row [b h n]: the weights of
-  query 0 ([CLS]). weights [b h n n]: all. scores [b h n n]: before the softmax.
+  query 0 ([CLS]). weights [b h n n]: all. scores [b h n n]: before the softmax. magnitude [b h]: of what a head puts
+  out, absolute values summed over updated queries and features.
   """
 
   received: Array | None = None
@@ -29,6 +30,7 @@ class Evidence(NamedTuple):
   first_row: Array | None = None
   weights: Array | None = None
   scores: Array | None = None
+  magnitude: Array | None = None
 
 
 def soft_weights(scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']) -> Float[Array, '*b q k']:
@@ -133,7 +135,8 @@ def mix(
     and not (how.dropout and rng is not None)
     and set(how.reads) <= LIGHT
   ):
-    return fused(query, key, value, seen, bias, how.kernel), light(query, key, seen, updated, bias, how.reads)
+    mixed = fused(query, key, value, seen, bias, how.kernel)
+    return mixed, {**light(query, key, seen, updated, bias, how.reads), **sized(mixed, updated, how.reads)}
   scores = scaled_scores(query, key, bias)
   weights = (soft_weights if how.soft else hard_weights)(scores, seen[..., None, :])
   found = read(weights if how.soft else jax.lax.stop_gradient(weights), updated, how.reads, own)
@@ -145,7 +148,17 @@ def mix(
   mixed = jnp.einsum(
     'bhqk,bhke->bhqe', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
   )
-  return mixed, found
+  return mixed, {**found, **sized(mixed, updated, how.reads)}
+
+
+def sized(
+  mixed: Float[Array, 'b h q e'], updated: Float[Array, 'b q'], reads: tuple[str, ...]
+) -> dict[str, Array]:
+  """The evidence `magnitude`, where `reads` names it; without gradient."""
+  if 'magnitude' not in reads:
+    return {}
+  sums = jnp.abs(jax.lax.stop_gradient(mixed).astype(jnp.float32)).sum(-1)
+  return {'magnitude': (sums * updated[:, None]).sum(-1)}
 
 
 def scaled_scores(
@@ -167,14 +180,20 @@ def fused(
 ) -> Float[Array, 'b h q e']:
   """`mix` for a hard `seen`, by `jax.nn.dot_product_attention`: no attention map is handed on.
 
-  Rows that see nothing are a mean of all values, not 0. kernel: 'xla', or 'cudnn' (bfloat16 or float16 on a GPU).
+  Rows that see nothing are a mean of all values, not 0, where heads see the same. kernel: 'xla', or 'cudnn' (bfloat16 or
+  float16 on a GPU).
   """
   query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
   mask = jnp.broadcast_to((seen > 0)[:, :, None, :], (*seen.shape[:2], query.shape[1], seen.shape[-1]))
   bias = None if bias is None else bias.astype(query.dtype)
   how: Any = kernel  # its type is a Literal
   mixed = jax.nn.dot_product_attention(query, key, value, bias, mask, implementation=how)
-  return mixed.swapaxes(1, 2).astype(jnp.float32)
+  mixed = mixed.swapaxes(1, 2).astype(jnp.float32)
+  if seen.shape[1] == 1:
+    return mixed
+  return jnp.where(
+    (seen > 0).any(-1)[:, :, None, None], mixed, 0
+  )  # a head that was taken away puts out nothing
 
 
 def light(

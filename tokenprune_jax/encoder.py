@@ -27,6 +27,7 @@ PASSES = {
   'own': 0,
   'weights': 0,
   'scores': 0,
+  'magnitude': 0,
 }  # sums over an attention map that evidence takes
 
 
@@ -178,7 +179,7 @@ def in_stream(found: dict[str, Array], kept: Array | None) -> Evidence:
     mask = jnp.broadcast_to(mask, values.shape[:-1] + mask.shape[-1:])
     return stream.spread(values[..., None], mask)[..., 0]
 
-  return Evidence(**{name: columns(values) for name, values in found.items()})
+  return Evidence(**{name: columns(values) if values.ndim > 2 else values for name, values in found.items()})
 
 
 class Block(nn.Module):
