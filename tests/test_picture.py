@@ -3,7 +3,8 @@ import html.parser
 import numpy as np
 import pytest
 
-from tokenprune_jax import picture
+from tokenprune_jax import layer_picture, picture
+from tokenprune_jax.errors import UserError
 from tokenprune_jax.predict import Reading, Word
 
 
@@ -113,3 +114,27 @@ def test_html_escapes_everything(tmp_path):
   assert evil in text and '&amp;' in text and '<b>good</b>' in text and '<i>title</i>' in text
   spans = [attributes for tag, attributes in reader.tags if tag == 'span']
   assert len(spans) == 3 and all('by layer' in attributes['title'] for attributes in spans)
+
+
+# ------------------------------------------------------------------------------------------------- By layers
+def test_layers_are_drawn_where_words_are_seen(tmp_path):
+  words = (Word('kept', '', (1.0, 1.0), -1), Word('gone', ' ', (1.0, 0.0), -1))
+  one = reading(2)._replace(text='kept gone', words=words)
+  layer_picture.write_layers({'top-k': one, 'dense': one}, str(tmp_path / 'a.png'), 'A title')
+  drawn = pixels(tmp_path / 'a.png').astype(int)
+  top = layer_picture.heading(words, 'A title')
+
+  def cell(word, layer):
+    x, y = layer_picture.LEFT + layer_picture.CELL * (word + 0.5), top + layer_picture.ROW * (layer + 0.5)
+    return drawn[int(y), int(x)]
+
+  full = np.array([0.86, 0.53, 0.10]) * 255
+  assert np.abs(cell(0, 0) - full).max() <= 12 and np.abs(cell(0, 1) - full).max() <= 12
+  assert np.abs(cell(1, 0) - full).max() <= 12 and cell(1, 1).min() > 235
+
+
+def test_a_long_text_is_cut_and_other_texts_are_refused(tmp_path):
+  layer_picture.write_layers({'m': reading(90)}, str(tmp_path / 'a.png'))
+  assert (tmp_path / 'a.png').stat().st_size < 200_000
+  with pytest.raises(UserError, match='one text'):
+    layer_picture.write_layers({'a': reading(3), 'b': reading(4)}, str(tmp_path / 'b.png'))

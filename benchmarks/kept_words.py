@@ -1,0 +1,73 @@
+"""Draws which words each layer still sees in one real text, for trained methods under each other and each alone.
+
+    python benchmarks/kept_words.py [--dataset=sst2] [--runs=runs] [--example=N] [--out=docs/methods]
+
+Reads the runs of benchmarks/text_pruning.py (seed 0) that are finished. The text is one of the test split:
+`--example`, or the first of 20 to 30 words that the dense model gets right. Writes kept.png and kept_METHOD.png.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
+
+from benchmarks import accuracy
+from benchmarks.studies import Row
+from benchmarks.text_runs import CORPORA, METHODS
+from tokenprune_jax import layer_picture, predict
+from tokenprune_jax.data import files
+
+DRAWN = ('topk', 'ltp', 'power', 'sttabt')
+SHORT, LONG = 20, 30  # words
+
+
+def chosen(dense: predict.Predictor, folder: pathlib.Path, example: int) -> str:
+  """The text to draw."""
+  data = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['data']
+  rows = list(files.read(data['test'], files.Columns(data['text'], data['text_pair'], data['label'])))
+  if example >= 0:
+    return rows[example].text
+  for row in rows:
+    if SHORT <= len(row.text.split()) <= LONG and dense.read(row.text).label == row.label:
+      return row.text
+  raise SystemExit(
+    f'error: no test text of {SHORT} to {LONG} words that dense gets right; name one with --example'
+  )
+
+
+def main() -> None:
+  """Draws every method that has a finished run."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--dataset', default='sst2', choices=[name for name in CORPORA if name != 'bbc'])
+  parser.add_argument('--runs', default='runs', help='folder of the workdirs')
+  parser.add_argument('--example', type=int, default=-1, help='row of the test file, from 0')
+  parser.add_argument('--out', default='docs/methods', help='folder of the pictures')
+  options = parser.parse_args()
+
+  def folder(name: str) -> pathlib.Path:
+    return pathlib.Path(accuracy.workdir_of(Row(options.dataset, name, '', 0), options.runs))
+
+  finished = [name for name in DRAWN if (folder(name) / 'result.json').exists()]
+  if not finished:
+    raise SystemExit(
+      f'error: {options.runs} holds no finished run of {", ".join(DRAWN)} on {options.dataset}'
+    )
+  text = chosen(predict.load(folder('dense')), folder('dense'), options.example)
+  readings = {}
+  for name in finished:
+    readings[METHODS[name].title] = predict.load(folder(name)).read(text)
+  out = pathlib.Path(options.out)
+  out.mkdir(parents=True, exist_ok=True)
+  layer_picture.write_layers(readings, str(out / 'kept.png'), 'Which words each layer still sees')
+  for name in finished:
+    title = METHODS[name].title
+    layer_picture.write_layers({title: readings[title]}, str(out / f'kept_{name}.png'))
+  print(f'{text!r}: {", ".join(finished)} drawn in {out}')
+
+
+if __name__ == '__main__':
+  main()
