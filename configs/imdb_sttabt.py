@@ -22,6 +22,7 @@ STTABT = {
   'target_macs': 0.0,
   'theta_weight': 1e-3,
   'mask_weight': 1e-3,
+  'soft_form': 'stream',
   'padding': False,
   'capacities': (),
   'overflow_rate': 0.01,

@@ -100,6 +100,28 @@ def test_soft_masks_are_the_official_ones(official):
   assert float(output.loss) == pytest.approx(float(g['soft_loss_reg'] + g['soft_loss_ratio']), rel=1e-3)
 
 
+def test_masks_inside_the_blocks_are_the_official_ones(official):
+  """Answers, loss and the gradients of thresholds, ApproxNet and encoder, all in one."""
+  g, make, params, batch = official
+  model, labels = make(mode='soft', soft_form='inside'), jnp.asarray(g['labels'])
+
+  def loss(params):
+    output = model.apply({'params': params}, batch, train=True, rngs=RNGS)
+    answers = jax.nn.log_softmax(output.logits)
+    return output.loss - jnp.take_along_axis(answers, labels[:, None], 1).mean(), output.logits
+
+  (total, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  np.testing.assert_allclose(logits, g['soft_logits'], atol=1e-4)
+  assert float(total) == pytest.approx(float(g['soft_loss_total']), abs=1e-4)
+  reducer, encoder = gradient['reducer'], gradient['encoder']
+  for found, name in (
+    (reducer['thresholds']['theta'], 'theta'),
+    (reducer['approx']['encoder']['block_1']['query']['kernel'].T, 'approx_query0'),
+    (encoder['block_1']['value']['kernel'].T, 'bert_value0'),
+  ):
+    np.testing.assert_allclose(found, g[f'soft_grad_{name}'], rtol=1e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize('maps', ['approx', 'self'])
 def test_top_k_with_the_approxnet_and_with_true_attention(official, maps):
   """The oracle is an ApproxNet of the encoder's own width and weights."""

@@ -187,7 +187,7 @@ class Block(nn.Module):
 
   config: EncoderConfig
   compact: bool = False
-  soft: bool = False
+  soft: str = ''  # as `Reducer.soft`
 
   def setup(self):
     c = self.config
@@ -226,14 +226,14 @@ class Block(nn.Module):
       key, value, seen, index, kept, overflow = self.keys_and_values(tokens)
     dropout = self.config.attention_dropout if train else 0.0
     mixed, found = attention.mix(
-      query,
-      key,
-      value,
+      self.scaled(query, rows.updated[:, None]),
+      self.scaled(key, seen),
+      self.scaled(value, seen),
       seen,
       rows.updated,
       pick_bias(bias, rows.place, index),
       self.make_rng('dropout') if dropout else None,
-      attention.Mixing(reads, self.soft, dropout, self.config.kernel),
+      attention.Mixing(reads, bool(self.soft), dropout, self.config.kernel),
       own_places(rows.place, index, tokens.x.shape[1]) if 'own' in reads else None,
     )
     change = self.drop(self.out(mixed.swapaxes(1, 2).reshape(rows.x.shape)), deterministic=not train)
@@ -276,7 +276,7 @@ class Block(nn.Module):
   def fed_forward(self, tokens: Tokens, train: bool) -> tuple[Array, Array]:
     """`feed_forward` on all examples at once: (x, overflow)."""
     rows = updated_rows(tokens, self.compact)
-    hidden = ACTIVATIONS[self.config.activation](self.up(rows.x))
+    hidden = ACTIVATIONS[self.config.activation](self.scaled(self.up(rows.x), rows.updated))
     change = self.drop(self.down(hidden), deterministic=not train)
     return put_back(tokens, rows, self.residual(rows, change, self.output_norm)), rows.overflow
 
@@ -284,9 +284,15 @@ class Block(nn.Module):
     """[b n d] -> [b h n e]."""
     return x.reshape(x.shape[:-1] + (self.config.heads, -1)).swapaxes(1, 2)
 
+  def scaled(self, x, mask):
+    """x [… n d] by a soft mask [… n] where masks are inside the block; else x."""
+    return x * mask[..., None].astype(x.dtype) if self.soft == 'inside' else x
+
   def residual(self, rows: Rows, change, norm):
     """norm(x + change) where updated; a slot that is not keeps its state bit for bit."""
-    updated, new = rows.updated[..., None], norm(rows.x + change)
+    updated, new = rows.updated[..., None], norm(rows.x + self.scaled(change, rows.updated))
+    if self.soft == 'inside':
+      return new
     return rows.x + updated * (new - rows.x) if self.soft else jnp.where(updated > 0, new, rows.x)
 
 

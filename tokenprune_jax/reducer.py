@@ -68,9 +68,13 @@ class Reducer(nn.Module):
     """The read-outs that it leaves enough tokens for."""
     return ('cls', 'mean')
 
-  def soft(self) -> bool:
-    """True while masks are soft and the task's gradient has to reach them."""
-    return False
+  def soft(self) -> str:
+    """How masks act while they are soft and the task's gradient has to reach them; '': they are hard.
+
+    stream: x + updated f(x), and `seen` in the attention: removal is the limit. inside: they also scale queries, keys,
+    values and the hidden layer, and residual paths are whole.
+    """
+    return ''
 
   def blocks(self, depth: int) -> tuple[int, ...]:
     """The layers that run; a method that replaces one leaves it out."""

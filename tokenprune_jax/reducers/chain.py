@@ -28,8 +28,8 @@ class Method(Reducer):
     left = [reducer.readouts() for reducer in self.reducers]
     return tuple(name for name in super().readouts() if all(name in names for names in left))
 
-  def soft(self) -> bool:
-    return any(reducer.soft() for reducer in self.reducers)
+  def soft(self) -> str:
+    return next((reducer.soft() for reducer in self.reducers if reducer.soft()), '')
 
   def blocks(self, depth: int) -> tuple[int, ...]:
     kept = [reducer.blocks(depth) for reducer in self.reducers]

@@ -138,8 +138,8 @@ class Method(Reducer):
   def setup(self):
     self.learned = Deltas()
 
-  def soft(self) -> bool:
-    return self.mode == 'soft'  # the scores need a gradient under either form
+  def soft(self) -> str:
+    return 'stream' if self.mode == 'soft' else ''  # the scores need a gradient under either form
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, True) for l in range(1 if self.first_layer else 2, depth + 1))

@@ -17,7 +17,8 @@ Controls of a request: `keep` (topk), `shift` (added to all thresholds) [b], in 
 
 The read-out has to be [CLS]: a mean over all tokens needs all of them. Reconstructed here: the ApproxNet's classifier is a
 tanh layer and a linear one; hidden states are compared at real tokens only (`padding=True`: at all, as the official code).
-Soft masks go into the stream (seen and updated); the official code also scales keys, values and the hidden layer by them.
+Soft masks go into the stream (seen and updated); with `soft_form='inside'` they also scale queries, keys, values and the
+hidden layer, as in the official code.
 """
 
 import dataclasses
@@ -49,8 +50,8 @@ FURTHEST = 20.0  # of a shift: all tokens, or none but [CLS]
 class Watcher(Reducer):
   """Removes nothing, and remembers every layer's scores [b h n n] and states [b n d] (0: embeddings)."""
 
-  def soft(self) -> bool:
-    return True  # what is read needs a gradient
+  def soft(self) -> str:
+    return 'stream'  # what is read needs a gradient
 
   def reads(self, layer: int) -> tuple[str, ...]:
     return ('scores',)
@@ -181,6 +182,7 @@ class Method(Reducer):
   mix: float = 0.1  # how much of an output's own score goes into what it asks of the layer below
   theta_weight: float = 1e-3
   mask_weight: float = 1e-3
+  soft_form: str = 'stream'  # or 'inside'
   padding: bool = False  # distil: states of padding are compared too
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that its tokens are gathered into
   overflow_rate: float = (
@@ -190,6 +192,8 @@ class Method(Reducer):
   def check(self, depth: int, heads: int) -> None:
     if self.mode not in MODES:
       raise UserError(f'reducer.mode is {self.mode!r}; choose one of {", ".join(MODES)}')
+    if self.soft_form not in ('stream', 'inside'):
+      raise UserError(f'reducer.soft_form is {self.soft_form!r}; choose one of stream, inside')
     if not self.keep > 0:
       raise UserError(
         f'reducer.keep is {self.keep}; it is a share above 0 and at most 1, or a number of tokens'
@@ -216,8 +220,8 @@ class Method(Reducer):
   def readouts(self) -> tuple[str, ...]:
     return ('cls', 'mean') if self.mode == 'distil' else ('cls',)
 
-  def soft(self) -> bool:
-    return self.mode == 'soft'
+  def soft(self) -> str:
+    return self.soft_form if self.mode == 'soft' else ''
 
   def separates(self) -> bool:
     return self.mode != 'distil'
