@@ -43,6 +43,7 @@ from tokenprune_jax import workdir
 from tokenprune_jax.errors import UserError
 
 QUARTERS = 4  # of the test texts, by length
+FOUND_ON = 256  # validation documents that a budget is met on
 PLOTTED = ('sst2', 'ag_news')
 
 
@@ -226,7 +227,7 @@ class Study:
         for place in places:
           self.document['rows'][place]['reason'] = made['reason']
         return
-    trained = Trained(self.folder(row)) if places else None
+    trained = Trained(self.folder(row), FOUND_ON) if places else None
     for place in places:
       point = self.document['rows'][place] = measured(self.document['rows'][place], trained)
       tell(point)
@@ -248,7 +249,7 @@ class Study:
       ]  # fmt: skip
       if not (folder / 'result.json').exists() or not (places or dataset not in self.document['divergences']):
         continue
-      dense = Trained(folder)
+      dense = Trained(folder, FOUND_ON)
       for place in places:
         point = self.document['rows'][place] = untrained(self.document['rows'][place], dense, approx)
         tell(point)

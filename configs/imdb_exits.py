@@ -3,8 +3,8 @@
     python main.py --config=configs/imdb_exits.py --workdir=runs/imdb_exits
 
 Variants and weights after a colon: `:exits` (default), `:threshold` (tokens that receive too little attention leave, no
-exits) or `:pyramid` (both, in a chain), and `:exits,mpnet-base`. What a request saves depends on its content: such a model
-is timed as `tokenprune_jax.load(workdir).serve()` runs it.
+exits) or `:pyramid` (both, in a chain; imdb_pyramid.py learns the thresholds), and `:exits,mpnet-base`. What a request saves
+depends on its content: such a model is timed as `tokenprune_jax.load(workdir).serve()` runs it.
 """
 
 import ml_collections
@@ -13,6 +13,15 @@ from configs import imdb_fuzzy
 from tokenprune_jax import settings
 from tokenprune_jax.errors import UserError
 
+EXITS = {
+  'name': 'early_exit',
+  'head': 'linear',
+  'criterion': 'entropy',
+  'threshold': 0.3,
+  'temperatures': (),
+  'fit_temperatures': False,
+  'own_segment': False,
+}
 THRESHOLD = {'name': 'threshold', 'threshold': 0.005, 'capacities': (), 'overflow_rate': 0.01}
 
 
@@ -22,7 +31,7 @@ def get_config(argument: str = 'exits') -> ml_collections.ConfigDict:
   weights = weights or 'minilm-l6'
   config = imdb_fuzzy.get_config(f'dense,{weights}')
   layers = tuple(range(1, imdb_fuzzy.DEPTH.get(weights, 12)))
-  exits = {'name': 'early_exit', 'layers': layers, 'threshold': 0.3, 'readout': 'mean'}
+  exits = {**EXITS, 'layers': layers}
   reducers = {
     'exits': exits,
     'threshold': THRESHOLD,

@@ -2,10 +2,10 @@
 
     python main.py --config=configs/prune.py:ltp,runs/dense --workdir=runs/ltp --config.reducer.target_macs=0.4
 
-After the colon: a method (ltp, power, sttabt, abt: back-tracking without thresholds, topk, cascade, spatten, manual,
-student, student_third), the workdir of a finished dense run and, for sttabt and abt, that of one with a trained ApproxNet,
-where there is one (`imdb_sttabt.py:approx`). A method's recipe is that of its own config without the fine-tune at the
-beginning, so that one dense run serves them all.
+After the colon: a method (ltp, power, sttabt, abt: back-tracking without thresholds, topk, cascade, spatten, manual, exits,
+pyramid, student, student_third), the workdir of a finished dense run and, for sttabt and abt, that of one with a trained
+ApproxNet, where there is one (`imdb_sttabt.py:approx`). A method's recipe is that of its own config without the fine-tune at
+the beginning, so that one dense run serves them all.
 """
 
 import json
@@ -13,7 +13,7 @@ import pathlib
 
 import ml_collections
 
-from configs import imdb_ltp, imdb_power, imdb_sttabt, imdb_student, imdb_topk
+from configs import imdb_exits, imdb_ltp, imdb_power, imdb_pyramid, imdb_sttabt, imdb_student, imdb_topk
 from tokenprune_jax.errors import UserError
 
 RECIPES = {
@@ -25,6 +25,8 @@ RECIPES = {
   'cascade': (imdb_topk, 'cascade'),
   'spatten': (imdb_topk, 'spatten'),
   'manual': (imdb_topk, 'manual'),
+  'exits': (imdb_exits, 'exits'),
+  'pyramid': (imdb_pyramid, 'linear'),
   'student': (imdb_student, 'half'),
   'student_third': (imdb_student, 'third'),
 }

@@ -12,12 +12,15 @@ from tokenprune_jax.models import make_reducer
 
 LENGTHS = np.arange(10, 42, 2)
 BATCH = {**ragged_batch(tuple(LENGTHS.tolist()), 40), 'weight': np.ones(len(LENGTHS), np.float32)}
+EXITS = {'name': 'early_exit', 'layers': (1, 2, 3), 'threshold': 0.0}
 SPECS = {
   'topk': {'name': 'topk', 'shares': (0.9, 0.8, 0.5, 0.2)},
   'topk by ratio': {'name': 'topk', 'ratio': 0.7},
   'power': {'name': 'power', 'counts': (24, 16, 16, 5)},
   'ltp': {'name': 'ltp', 'threshold': 0.01},
   'back-tracking': {'name': 'sttabt', 'mode': 'topk', 'factor': 4},
+  'exits': EXITS,
+  'exits by probability': {**EXITS, 'criterion': 'max_probability', 'threshold': 1.0},
   'thresholds': {'name': 'sttabt', 'mode': 'hard', 'factor': 4},
 }
 
@@ -73,8 +76,8 @@ def test_bisection_finds_the_setting_from_either_side():
     (SPECS['ltp'], 0.1, 'target_macs is 0.1.*at least'),
     (SPECS['thresholds'], 0.05, 'the budget is 0.05.*ApproxNet'),
     ({'name': 'topk', 'leavers': 'frozen', 'ratio': 0.7}, 0.5, "leavers='gone'"),
-    ({'name': 'none'}, 0.5, 'none cannot be set by one budget'),
-    ({'name': 'chain', 'reducers': ({'name': 'ltp'}, {'name': 'topk'})}, 0.5, 'ltp and topk cannot'),
+    ({'name': 'none'}, 0.5, 'none cannot be set by a budget'),
+    (EXITS, 0.2, 'the budget is 0.2.*all leave at the first exit'),
   ],
 )
 def test_a_budget_that_nothing_meets_is_refused(spec, target, words):
@@ -82,8 +85,8 @@ def test_a_budget_that_nothing_meets_is_refused(spec, target, words):
     stages.at_budget(spec, target, validation_of(spec)[0])
 
 
-def test_a_member_of_a_chain_is_set():
-  spec = {'name': 'chain', 'reducers': (SPECS['ltp'], {'name': 'none'})}
+def test_the_last_member_of_a_chain_that_can_be_is_set():
+  spec = {'name': 'chain', 'reducers': (SPECS['ltp'], EXITS, {'name': 'none'})}
   settled = stages.at_budget(spec, 0.6, validation_of(spec)[0])
-  assert settled['reducers'][0]['scale'] > 0 and settled['reducers'][1] == {'name': 'none'}
+  assert settled['reducers'][0] == SPECS['ltp'] and settled['reducers'][1]['threshold'] > 0
   make_reducer(settled)

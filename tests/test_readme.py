@@ -1,6 +1,7 @@
 """The README's complete example of a method is run as it stands there."""
 
 import importlib
+import json
 import pathlib
 import re
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.reference import apply, model_and_params, ragged_batch
-from tokenprune_jax import flops, models, reducers
+from tokenprune_jax import flops, models, reducers, settings
 
 README = pathlib.Path(__file__).parents[1] / 'README.md'
 BATCH = ragged_batch((12, 7, 1), 12)
@@ -51,12 +52,16 @@ def test_its_neutral_setting_is_the_plain_encoder(example):
   )
 
 
-def test_commands_name_files_and_variants_that_exist():
+def test_commands_name_files_and_variants_that_exist(tmp_path, monkeypatch):
   text = README.read_text(encoding='utf-8')
   root = README.parent
   for path in re.findall(r'(?:configs|benchmarks)/\w+\.py', text) + re.findall(
     r'\]\(((?:docs|results)/[^)#]+)\)', text
   ):
     assert (root / path).exists(), path
-  for config, variant in re.findall(r'--config=configs/(\w+)\.py:([\w,-]+)', text):
+  dense = tmp_path / 'runs' / 'dense'  # that configs/prune.py reads
+  dense.mkdir(parents=True)
+  (dense / 'config.json').write_text(json.dumps(settings.defaults()), encoding='utf-8')
+  monkeypatch.chdir(tmp_path)
+  for config, variant in re.findall(r'--config=configs/(\w+)\.py:([\w,/-]+)', text):
     importlib.import_module(f'configs.{config}').get_config(variant)

@@ -31,7 +31,7 @@ def records(rate, seed):
 class Trained:
   """A model whose accuracy falls with its budget."""
 
-  def __init__(self, folder):
+  def __init__(self, folder, limit=0):
     self.params = {'reducer': {'approx': {}}}
     self.exported = SimpleNamespace(
       reducer_spec={'name': 'topk', 'budget': 1.0}, config=SimpleNamespace(depth=6)

@@ -131,7 +131,9 @@ class Classifier(nn.Module):
   def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
     encoder = Encoder(self.config, self.reducer, self.executor, self.readout == 'cls', name='encoder')
     controls = dict(batch.get('controls', {}))
-    inputs = Inputs(batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config)
+    inputs = Inputs(
+      batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config, self.readout
+    )
     tokens, memory, trace = encoder(inputs, train)
     logits = Head(self.config, self.labels, self.head, name='head')(read_out(tokens, self.readout), train)
     if 'exited' in memory:

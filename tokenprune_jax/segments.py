@@ -110,6 +110,7 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
       given['controls'],
       model.labels,
       model.config,
+      model.readout,
     )
     tokens, memory = call('begin', inputs, False, length)
   else:

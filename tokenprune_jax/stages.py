@@ -145,19 +145,16 @@ def expected(spec: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:
 def at_budget(spec: Mapping[str, Any], target: float, validation: Validation) -> dict[str, Any]:
   """`spec` with settings at which it costs `target` of dense on validation, which is of the model as trained.
 
-  Raises UserError where no member of it can be set by a budget, or more than one, or where none is that cheap.
+  In a chain the last member is set that can be. Raises UserError where none can, or where no setting is that cheap.
   """
   if not 0 < target <= 1:
     raise UserError(
       f'the budget is {target}; it is a share of the dense multiply-adds, above 0 and at most 1'
     )
   able = [(path, member) for path, member in placed(spec) if hasattr(module(member['name']), 'at_budget')]
-  if len(able) != 1:
-    raise UserError(
-      f'{" and ".join(member["name"] for _, member in able) or spec["name"]} cannot be set by one budget; '
-      'a method with one setting for its cost can'
-    )
-  [(path, member)] = able
+  if not able:
+    raise UserError(f'{spec["name"]} cannot be set by a budget: it has no setting for its cost')
+  path, member = able[-1]
   found = module(member['name']).at_budget(member, target, validation.of(path))
   return with_handed_on(spec, {member['name']: found})
 

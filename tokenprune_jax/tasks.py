@@ -26,6 +26,12 @@ def cross_entropy(logits: Float[Array, 'b c'], label: Int[Array, 'b']) -> Float[
   return -jnp.take_along_axis(log_probabilities, label[:, None], axis=1)[:, 0]
 
 
+def divergence(from_logits: Float[Array, '*#b c'], to_logits: Float[Array, '*#b c']) -> Float[Array, '*b']:
+  """KL(from || to) of the softmax."""
+  ours, theirs = jax.nn.log_softmax(from_logits), jax.nn.log_softmax(to_logits)
+  return (jnp.exp(ours) * (ours - theirs)).sum(-1)
+
+
 def weighted_mean(
   values: Float[Array, 'b'], weight: Float[Array, 'b'] | Bool[Array, 'b']
 ) -> Float[Array, '']:

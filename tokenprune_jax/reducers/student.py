@@ -6,25 +6,22 @@ The student starts from the teacher's own layers. What DistilBERT does while pre
 left out: this is its task-specific distillation. The fixed baseline that every method of fewer tokens is compared with.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Reducer
-from tokenprune_jax.tasks import classification_loss, weighted_mean
+from tokenprune_jax.tasks import classification_loss, divergence, weighted_mean
 
 TINY: dict = {'layers': (1, 3)}
 NEUTRAL: dict = {'layers': ()}
 TEMPERATURE = 2.0
 
 
-def divergence(
+def softened(
   teacher: Float[Array, 'b c'], student: Float[Array, 'b c'], temperature: float = TEMPERATURE
 ) -> Float[Array, 'b']:
   """T^2 KL(teacher || student) of softened logits: its gradient does not shrink with T."""
-  goal, found = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
-  return temperature**2 * (jnp.exp(goal) * (goal - found)).sum(-1)
+  return temperature**2 * divergence(teacher / temperature, student / temperature)
 
 
 def distil(apply, params, batch, rng, teacher):
@@ -34,7 +31,7 @@ def distil(apply, params, batch, rng, teacher):
       "the objective 'distil' needs a teacher: name the stage that trained it in the stage's `teacher`."
     )
   logits = apply(params, batch, rng).logits
-  soft = weighted_mean(divergence(teacher(batch).logits, logits), batch['weight'])
+  soft = weighted_mean(softened(teacher(batch).logits, logits), batch['weight'])
   task = classification_loss(logits, batch)
   return 0.5 * (soft + task), {'task_loss': task, 'distil_loss': soft}
 

@@ -1,0 +1,42 @@
+"""Magic Pyramid (arXiv 2111.00230) on IMDB reviews: LTP's learned thresholds and early exits, in four stages.
+
+    python main.py --config=configs/imdb_pyramid.py --workdir=runs/imdb_pyramid --config.reducer.reducers[0].target_macs=0.5
+
+Dense fine-tune; thresholds learned with soft masks; the model trained on under hard ones; then exits on its frozen states,
+each to agree with its last classifier. `target_macs` is what pruning alone is to cost; `reducers[1].threshold` what exits
+take off it. Variants and weights after a colon: `:linear` (default) or `:fastbert` (exits with a self-attention each), and
+`:linear,mpnet-base`.
+"""
+
+import ml_collections
+
+from configs import imdb_exits, imdb_fuzzy, imdb_ltp
+from tokenprune_jax import settings
+from tokenprune_jax.errors import UserError
+
+HEADS = {'linear': 'linear', 'fastbert': 'attention'}
+
+
+def get_config(argument: str = 'linear') -> ml_collections.ConfigDict:
+  """The config of 'variant' or 'variant,weights'."""
+  variant, _, weights = argument.partition(',')
+  if variant not in HEADS:
+    raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(HEADS)}')
+  weights = weights or 'minilm-l6'
+  config = imdb_ltp.get_config(f'budget,{weights}')
+  layers = tuple(range(1, imdb_fuzzy.DEPTH.get(weights, 12)))
+  exits = {**imdb_exits.EXITS, 'head': HEADS[variant], 'layers': layers}
+  none = {'layers': ()}  # until they are trained
+  tune, soft, hard = (dict(stage) for stage in config.stages)
+  with config.unlocked():
+    config.reducer = {'name': 'chain', 'reducers': (config.reducer.to_dict(), exits)}
+    config.stages = (
+      tune,
+      {**soft, 'reducer': {'ltp': soft['reducer'], 'early_exit': none}},
+      {**hard, 'reducer': {'ltp': hard['reducer'], 'early_exit': none}},
+      settings.stage(
+        name='exits', epochs=2, init='hard', train='reducer/reducers_1/.*', objective='exits',
+        reducer={'ltp': hard['reducer']},
+      ),
+    )  # fmt: skip
+  return config

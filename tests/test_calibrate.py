@@ -1,0 +1,81 @@
+"""A trained model set to a budget or an accuracy."""
+
+import numpy as np
+import pytest
+
+import tokenprune_jax
+from tests.tiny_run import config as tiny_config
+from tokenprune_jax import calibrate, pretrained, train
+from tokenprune_jax.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('calibrated') / 'run'
+  wanted = tiny_config(reducer={'name': 'topk', 'shares': (0.9, 0.5)}, data__valid_limit=48)
+  wanted['stages'] = ({'name': 'tune', 'epochs': 6},)
+  train.run(wanted, folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def calibration(run):
+  return calibrate.Calibration(run)
+
+
+def test_a_model_is_set_to_a_budget_and_written_beside_the_run(run, capsys):
+  before = pretrained.load_exported(run / 'model')
+  assert calibrate.main([f'--run={run}', '--macs=0.6']) == 0
+  assert 'MACs 0.6' in capsys.readouterr().err
+  found = pretrained.load_exported(run / 'calibrated')
+  assert found.reducer_spec['shares'] != before.reducer_spec['shares']
+  np.testing.assert_array_equal(
+    found.params['encoder']['block_1']['value']['kernel'],
+    before.params['encoder']['block_1']['value']['kernel'],
+  )
+  assert pretrained.load_exported(run / 'model').reducer_spec == before.reducer_spec
+  assert tokenprune_jax.load(run / 'calibrated').predict(['some text'])[0]['label'] in before.labels
+
+
+def test_the_cheapest_setting_that_is_good_enough(calibration, monkeypatch, capsys):
+  monkeypatch.setattr(calibrate, 'GRID', (0.05, 0.5, 0.8))
+  settings = {0.5: 0.6, 0.8: 0.9, 1.0: 0.95}
+
+  def at(budget):
+    if budget not in settings:
+      raise UserError('nothing is that cheap')
+    return calibrate.Setting({'name': 'topk'}, settings[budget], budget)
+
+  monkeypatch.setattr(calibration, 'at', at)
+  assert [calibration.cheapest(goal).mac_ratio for goal in (0.5, 0.7, 0.9, 0.92)] == [0.5, 0.8, 0.8, 1.0]
+  with pytest.raises(UserError, match=r'no setting reaches 99.0%.*the best there is 95.0%, at 1.00'):
+    calibration.cheapest(0.99)
+
+
+def test_nothing_removed_is_the_dense_model(calibration):
+  whole = calibration.at(1.0)
+  assert whole.mac_ratio == pytest.approx(1.0, abs=0.05)  # evidence is read all the same
+  plain = calibration.measured({'name': 'none'})
+  assert whole.accuracy == plain.accuracy and plain.mac_ratio == 1
+
+
+@pytest.mark.parametrize(
+  ('options', 'words'),
+  [
+    (['--macs=0.01'], 'the budget is 0.01'),
+    (['--macs=2'], 'the budget is 2.0'),
+    (['--accuracy=101'], 'no setting reaches'),
+  ],
+)
+def test_what_cannot_be_reached_is_told_in_one_line(run, options, words, capsys, monkeypatch):
+  monkeypatch.setattr(calibrate, 'GRID', (0.5,))
+  assert calibrate.main([f'--run={run}', f'--out={run}/none', *options]) == 2
+  said = capsys.readouterr().err
+  error = said.splitlines()[-1]
+  assert words in error and error.startswith('error: ') and 'Traceback' not in said
+  assert not (run / 'none').exists()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+  with pytest.raises(UserError, match='no workdir of a finished run'):
+    calibrate.Calibration(tmp_path)

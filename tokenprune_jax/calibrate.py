@@ -1,0 +1,173 @@
+"""Sets a trained model to a budget or to an accuracy, on the validation split of its run, without training.
+
+    python -m tokenprune_jax.calibrate --run=runs/mine --macs=0.3      # 30% of the dense multiply-adds
+    python -m tokenprune_jax.calibrate --run=runs/mine --loss=0.5      # the cheapest that loses at most half a point
+    python -m tokenprune_jax.calibrate --run=runs/mine --accuracy=93   # the cheapest with at least 93%
+
+Writes the model with its new settings into RUN/calibrated (or --out), for `tokenprune_jax.load`; the run itself is left
+alone. `--loss` counts points of accuracy against the same model where nothing is removed. What can be set is what the
+method has one number for: see `at_budget` in its file.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tokenprune_jax import compile_cache, data, models, pretrained, stages, workdir, writer
+from tokenprune_jax.errors import UserError
+
+GRID = tuple(np.round(np.arange(0.1, 1.0, 0.05), 2).tolist())  # budgets that an accuracy is looked for at
+BATCH = 32
+
+
+class Setting(NamedTuple):
+  """A reducer's spec and what it does to the validation split: accuracy, and MACs as a share of dense's."""
+
+  spec: Mapping[str, Any]
+  accuracy: float
+  mac_ratio: float
+
+
+class Calibration:
+  """A finished run's model, and the splits that it was validated and tested on.
+
+  limit: documents of the validation split that settings are found on; 0: all. changes: of the run's data settings.
+  """
+
+  def __init__(self, run: str | pathlib.Path, limit: int = 0, **changes: Any):
+    self.folder, self.limit = pathlib.Path(run), limit
+    if not (self.folder / 'model').is_dir():
+      raise UserError(f'{self.folder} is no workdir of a finished run: there is no model/ in it')
+    config = json.loads((self.folder / 'config.json').read_text(encoding='utf-8'))
+    self.data, self.seed = {**config['data'], **changes}, config['seed']
+    self.exported = pretrained.load_exported(self.folder / 'model')
+    self.params = jax.device_put(self.exported.params)
+    longest = self.data['max_length']
+    self.buckets = (*(slots for slots in self.data['buckets'] if slots < longest), longest)
+
+  @functools.cached_property
+  def splits(self) -> Mapping[str, data.Split]:
+    """Read when first asked for."""
+    tokenizer, length = self.exported.tokenizer, self.data['max_length']
+    return data.load(self.data, tokenizer, length, data.cache_dir(), seed=self.seed).splits
+
+  def model(self, spec: Mapping[str, Any]) -> models.Classifier:
+    """The classifier with a method, by the executor `mask`."""
+    e = self.exported
+    return models.Classifier(e.config, models.make_reducer(spec), len(e.labels), e.readout, e.head).check()
+
+  def validation(self, spec: Mapping[str, Any], params: Any = None) -> stages.Validation:
+    """The validation split under a method; params: in place of the run's own."""
+    forward, params = jax.jit(stages.forward(self.model(spec))), self.params if params is None else params
+    plan = data.batches(
+      self.splits['valid'], batch_size=BATCH, buckets=self.buckets, seed=0, epoch_shuffle=bool(self.limit),
+      pad_id=self.exported.config.pad_id,
+    )  # fmt: skip
+    steps = min(-(-self.limit // BATCH) or plan.steps_per_epoch, plan.steps_per_epoch)
+    return stages.Validation(
+      lambda batch: forward(params, batch),
+      lambda: (jax.device_put(plan.batch(step)) for step in range(steps)),
+      lambda: params.get('reducer', {}),
+      self.exported.config,
+    )
+
+  def measured(self, spec: Mapping[str, Any]) -> Setting:
+    """What a setting does."""
+    right, macs, dense = [], 0.0, 0.0
+    for output, batch in self.validation(spec).controlled({}):
+      found = jax.device_get((output.logits, output.macs, output.dense_macs, batch['label'], batch['weight']))
+      logits, own, plain, label, weight = (values[found[-1] > 0] for values in found)
+      right.append(logits.argmax(-1) == label)
+      macs, dense = macs + own.sum(dtype=np.float64), dense + plain.sum(dtype=np.float64)
+    return Setting(spec, float(np.concatenate(right).mean()), float(macs / dense))
+
+  def at(self, budget: float) -> Setting:
+    """The setting that costs `budget`. Raises UserError where none is that cheap."""
+    spec = self.exported.reducer_spec
+    return self.measured(stages.at_budget(spec, budget, self.validation(spec)))
+
+  def cheapest(self, accuracy: float) -> Setting:
+    """The cheapest setting on the grid with at least this accuracy, a share.
+
+    Raises UserError where there is none, naming the best there is.
+    """
+    found = []
+    for budget in GRID:
+      try:
+        setting = self.at(budget)
+      except UserError:
+        continue  # nothing is that cheap
+      tell(setting)
+      if setting.accuracy >= accuracy - 1e-9:
+        return setting
+      found.append(setting)
+    found.append(self.at(1.0))
+    tell(found[-1])
+    if found[-1].accuracy >= accuracy - 1e-9:
+      return found[-1]
+    best = max(found, key=lambda setting: setting.accuracy)
+    raise UserError(
+      f'no setting reaches {accuracy:.1%} on the validation split; the best there is {best.accuracy:.1%}, at '
+      f'{best.mac_ratio:.2f} of the dense multiply-adds'
+    )
+
+  def export(self, setting: Setting, folder: pathlib.Path) -> None:
+    """The model with a setting, as `pretrained.export` writes one."""
+    e = self.exported
+    pretrained.export(
+      folder, e.config, e.params, e.tokenizer, e.labels, readout=e.readout, head=e.head, reducer_spec=setting.spec,
+      max_length=e.max_length,
+    )  # fmt: skip
+
+
+def tell(setting: Setting) -> None:
+  """One line about a setting."""
+  writer.say(f'MACs {setting.mac_ratio:.3f}  accuracy {setting.accuracy:.2%}')
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Exit status: 0 done, 2 wrong input or an accuracy out of reach."""
+  parser = argparse.ArgumentParser(
+    prog='python -m tokenprune_jax.calibrate',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--run', required=True, help='workdir of a finished run')
+  goal = parser.add_mutually_exclusive_group(required=True)
+  goal.add_argument('--macs', type=float, help="share of the dense model's multiply-adds")
+  goal.add_argument('--loss', type=float, help='points of accuracy that may be lost')
+  goal.add_argument('--accuracy', type=float, help='percent that are to be right')
+  parser.add_argument('--documents', type=int, default=0, help='of the validation split; 0: all')
+  parser.add_argument('--out', default='', help='folder of the new model; RUN/calibrated where none is named')
+  options = parser.parse_args(arguments)
+  compile_cache.turn_on()
+  try:
+    calibration = Calibration(options.run, options.documents)
+    if options.macs is not None:
+      setting = calibration.at(options.macs)
+    elif options.loss is not None:
+      whole = calibration.at(1.0)
+      writer.say(f'nothing removed: accuracy {whole.accuracy:.2%}')
+      setting = calibration.cheapest(whole.accuracy - options.loss / 100)
+    else:
+      setting = calibration.cheapest(options.accuracy / 100)
+    out = pathlib.Path(options.out or pathlib.Path(options.run) / 'calibrated')
+    with workdir.storage_errors(out):
+      calibration.export(setting, out)
+  except UserError as error:
+    writer.say(f'error: {error}')
+    return 2
+  tell(setting)
+  writer.say(f'written to {out}: {json.dumps(setting.spec)}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
