@@ -6,9 +6,9 @@
 Writes results/serve.json and .md. Documents come at their real lengths, cut to what the model reads. Dense baselines,
 in the same run and with the same attention: padded (batches of 8 as documents come, all as long as the longest),
 bucketed (sorted by length into the ladder's shapes), each on whole batches and on groups of rows that stay in the
-cache, and served. Thresholds are found by bisection on other documents, for half of dense's multiply-adds; exits read
-random classifiers, wide enough that some examples leave at every layer. This is about speed alone: what a setting costs
-in accuracy, studies of trained models tell.
+cache, and served. What a method has to set is found on other documents, for `--budget` of dense's multiply-adds (half of
+them by default); exits read random classifiers, wide enough that some examples leave at every layer. This is about speed
+alone: what a setting costs in accuracy, studies of trained models tell.
 
 Then documents arrive one by one, at 95% of the rate at which they were served all at once: throughput and latency; and
 `--requests` of random lengths all at once, for which nothing may be compiled any more.
@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks import measure, report, speed
 from tokenprune_jax import data, pretrained, serve, timing, workdir
-from tokenprune_jax.models import Classifier, make_reducer
+from tokenprune_jax.models import Classifier
 
 WEIGHTS = {'base': 'mpnet-base', 'minilm': 'minilm-l6'}
 BATCH = 8
@@ -119,9 +119,7 @@ def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Any],
   found: dict[str, Any] = {}
 
   def made(spec: dict[str, Any], **changes: Any) -> tuple[Classifier, Any]:
-    model = Classifier(
-      dataclasses.replace(weights.config, **changes), make_reducer(spec), speed.LABELS
-    ).check()
+    model = speed.made(spec, dataclasses.replace(weights.config, **changes))
     return model, jax.device_put({**speed.random_params(model), 'encoder': weights.params['encoder']})
 
   for shape, batches in dense_batches(rows, ladder, pad).items():
@@ -131,11 +129,11 @@ def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Any],
   wanted = speed.specs(weights.config.depth)
   others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
   for name in options.methods or ('threshold', 'early_exit', 'topk'):
-    model, params = made(wanted[name][0])
-    controls = speed.controls_for(name, model, params, others)
-    found[name] = timing.Served(model, params, rows, controls)
+    _, params = made(wanted[name][0])
+    spec, _ = speed.settled(wanted[name][0], weights.config, params, others, options.budget)
+    found[name] = timing.Served(speed.made(spec, weights.config), params, rows, {})
     print(
-      f'{name}: {len(found[name].server.programs)} programs in {found[name].compile_seconds:.0f} s, {controls}',
+      f'{name}: {len(found[name].server.programs)} programs in {found[name].compile_seconds:.0f} s, {spec}',
       flush=True,
     )
   return found, rows
@@ -208,6 +206,9 @@ def main() -> None:
   parser.add_argument('--datasets', type=speed.words, default=['bbc', 'imdb'])
   parser.add_argument('--documents', type=int, default=64)
   parser.add_argument('--methods', type=speed.words, default=[])
+  parser.add_argument(
+    '--budget', type=float, default=0.5, help="share of dense's MACs, for methods that take one"
+  )
   parser.add_argument(
     '--requests', type=int, default=1000, help='of random lengths, after which compiled programs are counted'
   )

@@ -1,9 +1,10 @@
 """How fast each method is on full-length rows, beside the strongest dense baseline and torch, in turns in one process.
 
     python benchmarks/speed.py [--model=base|minilm] [--methods=…] [--batch=1,8,32] [--length=128,512] [--dtype=float32]
-                               [--executor=…] [--repeats=5] [--out=results/speed.json]
+                               [--executor=…] [--budget=0.5] [--repeats=5] [--out=results/speed.json]
 
-Writes results/speed.json and .md. Methods are set to about half of dense's multiply-adds. `dense` is the faster of the plain
+Writes results/speed.json and .md. Methods that take a budget are set to
+`--budget` of dense's multiply-adds. `dense` is the faster of the plain
 program and the one that works on groups of rows that stay in the cache; a method is compared with it. Methods whose
 counts depend on the data run under `serve`, everything on the host included, on random weights whose threshold is found by
 bisection: for real documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where
@@ -12,7 +13,6 @@ it is not installed its columns are null.
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import pathlib
 import shlex
@@ -28,7 +28,8 @@ import jax
 import numpy as np
 
 from benchmarks import measure, report
-from tokenprune_jax import flops, timing, workdir
+from tokenprune_jax import schedule as fixed
+from tokenprune_jax import stages, timing, workdir
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
 
@@ -38,11 +39,6 @@ CONFIGS = {
   'base': EncoderConfig(dropout=0.0, attention_dropout=0.0),
   'minilm': EncoderConfig(width=384, depth=6, hidden=1536, dropout=0.0, attention_dropout=0.0),
 }
-HALF = 0.5  # of dense's MACs, for methods with a threshold
-CONTROLS = {
-  'threshold': ('threshold', 0.0, 0.05),
-  'early_exit': ('exit_threshold', 0.0, 1.0),
-}  # its control, from, to
 
 
 def schedule(depth: int) -> tuple[float, ...]:
@@ -55,61 +51,56 @@ def specs(depth: int) -> dict[str, tuple[dict[str, Any], str]]:
   late, early = (
     {'name': 'combine', 'slots': 8, 'layer': at} for at in ({12: 11, 6: 5}[depth], {12: 7, 6: 4}[depth])
   )
-  rank = {'name': 'fuzzy', 'ratio': 0.9, 'rule': 'rank'}
+  rank, shares = {'name': 'fuzzy', 'ratio': 0.9, 'rule': 'rank'}, schedule(depth)
+  cascade = {'name': 'topk', 'shares': fixed.cascade(0.2, depth), 'score': 'cumulative'}
+  counts = tuple(max(int(256 * share), 1) for share in shares)
   return {
-    'topk': ({'name': 'topk', 'shares': schedule(depth)}, 'compact'),
-    'topk_cls': ({'name': 'topk', 'shares': schedule(depth), 'score': 'cls'}, 'compact'),
+    'topk': ({'name': 'topk', 'shares': shares}, 'compact'),
+    'topk_cls': ({'name': 'topk', 'shares': shares, 'score': 'cls'}, 'compact'),
+    'cascade': (cascade, 'compact'),
+    'power': ({'name': 'power', 'counts': counts}, 'compact'),
     'fuzzy_p': (rank, 'compact'),
     'combine_late': (late, 'compact'),
     'combine_early': (early, 'compact'),
     'fuzzy_combine_early': ({'name': 'chain', 'reducers': (rank, early)}, 'compact'),
+    'student': ({'name': 'student', 'layers': tuple(range(1, depth + 1, 2))}, 'compact'),
     'threshold': ({'name': 'threshold'}, 'serve'),
+    'ltp': ({'name': 'ltp'}, 'serve'),
+    'sttabt': ({'name': 'sttabt', 'mode': 'topk'}, 'serve'),
     'early_exit': ({'name': 'early_exit', 'layers': tuple(range(1, depth))}, 'serve'),
   }
 
 
 def random_params(model: Classifier) -> Any:
   """Random weights; exits are wide enough that their entropies differ from example to example."""
-  params = model.init_params(jax.random.key(0))
-  if 'reducer' in params:
-    params['reducer'] = jax.tree.map(lambda x: x * 50, params['reducer'])
-  return params
+
+  def widened(path, x):
+    return x * 50 if any(str(key.key).startswith('exit_') for key in path) else x
+
+  return jax.tree_util.tree_map_with_path(widened, model.init_params(jax.random.key(0)))
 
 
-def controls_for(name: str, model: Classifier, params: Any, batches: Sequence[dict]) -> dict[str, float]:
-  """The control at which a method costs about HALF on these batches, by bisection; none where it has none."""
-  if name not in CONTROLS:
-    return {}
-  control, low, high = CONTROLS[name]
-  for _ in range(8):
-    middle = (low + high) / 2
-    dear = mean_macs(model, params, batches, {control: middle}) > HALF
-    low, high = (middle, high) if dear else (low, middle)
-  return {control: (low + high) / 2}
+def made(spec: dict[str, Any], config: EncoderConfig) -> Classifier:
+  """A classifier with a read-out that the method leaves tokens for, by the executor `mask`."""
+  reducer = make_reducer(spec)
+  return Classifier(config, reducer, LABELS, 'mean' if 'mean' in reducer.readouts() else 'cls').check()
 
 
-def mean_macs(model: Classifier, params: Any, batches: Sequence[dict], controls: dict[str, float]) -> float:
-  """MACs of all rows as a share of dense's, under `mask`."""
-  run = masked_macs(model)
-  total = np.zeros(2)
-  for batch in batches:
-    given = {name: np.full(len(batch['ids']), value, np.float32) for name, value in controls.items()}
-    total += np.asarray(run(params, {**batch, 'controls': given}))
-  return float(total[0] / total[1])
+def settled(
+  spec: dict[str, Any], config: EncoderConfig, params: Any, batches: Sequence[dict], budget: float
+) -> tuple[dict[str, Any], float]:
+  """(`spec` with what a method's `at_budget` finds on these batches, MACs as a share of dense's)."""
+  weighted = [{**batch, 'weight': batch['mask'].any(-1).astype(np.float32)} for batch in batches]
 
+  def validation(spec):
+    forward = jax.jit(stages.forward(made(spec, config)))
+    return stages.Validation(
+      lambda batch: forward(params, batch), lambda: weighted, lambda: params.get('reducer', {}), config
+    )
 
-@functools.lru_cache
-def masked_macs(model: Classifier) -> Callable:
-  """(MACs, dense MACs) of a batch."""
-  model = model.clone(executor='mask')
-
-  def run(params, batch):
-    trace, real = model.apply({'params': params}, batch).trace, batch['mask'].any(-1)
-    ours = flops.trace_macs(model.config, model.labels, model.head, trace)
-    dense = flops.dense_macs(model.config, model.labels, model.head, batch['mask'].sum(-1))
-    return (ours * real).sum(), (dense * real).sum()
-
-  return jax.jit(run)
+  if hasattr(stages.module(spec['name']), 'at_budget'):
+    spec = stages.at_budget(spec, budget, validation(spec))
+  return spec, validation(spec).mac_ratio({})
 
 
 def with_config(model: Classifier, **changes: Any) -> Classifier:
@@ -174,18 +165,15 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
   wanted = specs(config.depth)
   for name, executor in chosen(options, wanted):
     key = name if executor == wanted[name][1] else f'{name} ({executor})'
-    fixed = 'compact' if executor == 'compact' else 'mask'
-    model = Classifier(config, make_reducer(wanted[name][0]), LABELS, executor=fixed).check()
-    params = random_params(model)
-    controls = controls_for(name, model, params, [given])
+    params = random_params(made(wanted[name][0], config))
+    spec, macs[key] = settled(wanted[name][0], config, params, [given], options.budget)
+    model = made(spec, config)
     executors[key] = executor
     if executor == 'serve':
-      programs[key] = timing.Served(model, params, list(given['ids']), controls)
+      programs[key] = timing.Served(model, params, list(given['ids']))
       macs[key] = programs[key].macs
     else:
-      set_to = {control: np.full(batch, value, np.float32) for control, value in controls.items()}
-      programs[key] = timing.Forward(model, params, [{**given, 'controls': set_to}])
-      macs[key] = mean_macs(model, params, [given], controls)
+      programs[key] = timing.Forward(model.clone(executor=executor), params, [given])
   programs |= torch_programs(config, given, dtype)
   load = measure.quiet(options.allow_load)
   times = timing.in_turns(programs, options.repeats)
@@ -269,6 +257,9 @@ def main() -> None:
     type=words,
     default=[],
     help='mask, compact or serve; by default the one that suits a method',
+  )
+  parser.add_argument(
+    '--budget', type=float, default=0.5, help="share of dense's MACs, for methods that take one"
   )
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')

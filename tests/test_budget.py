@@ -18,6 +18,7 @@ SPECS = {
   'topk by ratio': {'name': 'topk', 'ratio': 0.7},
   'power': {'name': 'power', 'counts': (24, 16, 16, 5)},
   'ltp': {'name': 'ltp', 'threshold': 0.01},
+  'threshold': {'name': 'threshold', 'threshold': 0.01},
   'back-tracking': {'name': 'sttabt', 'mode': 'topk', 'factor': 4},
   'exits': EXITS,
   'exits by probability': {**EXITS, 'criterion': 'max_probability', 'threshold': 1.0},
@@ -66,6 +67,20 @@ def test_bisection_finds_the_setting_from_either_side():
   assert jumps >= 2  # where no setting costs it, one that costs less
 
 
+def test_a_setting_is_searched_only_where_the_budget_is_missed():
+  asked = []
+
+  def cost(scale):
+    asked.append(scale)
+    return max(1 / (1 + scale), 0.3)
+
+  assert budget.from_zero(cost, 0.5, 1.0) == 1.0 and asked == [1.0]
+  assert cost(budget.from_zero(cost, 0.4, 1.0)) == pytest.approx(0.4, abs=0.005)
+  assert cost(budget.from_zero(cost, 0.9, 1.0)) == pytest.approx(0.9, abs=0.005)
+  with pytest.raises(UserError, match='0.2.*at least 0.3'):
+    budget.from_zero(cost, 0.2, 1.0)
+
+
 @pytest.mark.parametrize(
   ('spec', 'target', 'words'),
   [
@@ -73,7 +88,7 @@ def test_bisection_finds_the_setting_from_either_side():
     (SPECS['topk'], 1.5, 'the budget is 1.5'),
     (SPECS['topk'], 0.05, 'the budget is 0.05.*one token left after the first layer'),
     (SPECS['power'], 0.05, 'the budget is 0.05.*Ask for more'),
-    (SPECS['ltp'], 0.1, 'target_macs is 0.1.*at least'),
+    (SPECS['ltp'], 0.1, 'the budget is 0.1.*at least'),
     (SPECS['thresholds'], 0.05, 'the budget is 0.05.*ApproxNet'),
     ({'name': 'topk', 'leavers': 'frozen', 'ratio': 0.7}, 0.5, "leavers='gone'"),
     ({'name': 'none'}, 0.5, 'none cannot be set by a budget'),

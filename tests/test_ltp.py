@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -207,21 +206,6 @@ def test_three_stages_meet_the_budget_on_validation(tmp_path):
   assert outcome['stages']['hard']['fields']['ltp']['scale'] > 0
   assert outcome['mac_ratio'] == pytest.approx(0.6, abs=0.06)  # on other documents than it was calibrated on
   assert {row['stage'] for row in lines(tmp_path, 'train')} == {'tune', 'soft', 'hard'}
-
-
-def test_the_scale_is_searched_only_where_validation_misses_the_budget():
-  def costs(scale):
-    return max(1 / (1 + scale), 0.3)
-
-  asked = []
-  validation = SimpleNamespace(
-    mac_ratio=lambda controls: asked.append(controls['scale']) or costs(controls['scale'])
-  )
-  assert ltp.scaled(0.5, 1.0, validation) == 1.0 and asked == [1.0]
-  assert costs(ltp.scaled(0.4, 1.0, validation)) == pytest.approx(0.4, abs=0.005)
-  assert costs(ltp.scaled(0.9, 1.0, validation)) == pytest.approx(0.9, abs=0.005)
-  with pytest.raises(UserError, match='0.2.*at least 0.3'):
-    ltp.scaled(0.2, 1.0, validation)
 
 
 @pytest.mark.parametrize(

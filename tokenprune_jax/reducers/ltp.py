@@ -37,7 +37,6 @@ NEUTRAL: dict = {'threshold': 0.0, 'scale': 0.0}
 NORMS = ('received', 'per_live_token', 'per_padded_token')
 SOFT_FORMS = ('stream', 'output')
 LOWEST = 1e-5  # of a hard threshold: a token that receives nothing leaves wherever a layer prunes
-FURTHEST = 1e4
 
 
 def hard_mask(score: Float[Array, 'b n'], theta: Float[Array, 'b 1']) -> Float[Array, 'b n']:
@@ -66,27 +65,9 @@ def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """The factor of all thresholds, as `budget` asks for it; capacities go with it."""
-  scale = {'scale': scaled(target, fields.get('scale', 1.0), validation)}
+  start = fields.get('scale', Method.scale)
+  scale = {'scale': budget.from_zero(lambda scale: validation.mac_ratio({'scale': scale}), target, start)}
   return {**scale, **validation.calibrated(fields, lambda trace: trace.rows, scale)}
-
-
-def scaled(target: float, scale: float, validation: Any) -> float:
-  """A factor of all thresholds at which validation costs `target` of dense's MACs; `scale`, where it does already."""
-
-  def cost(scale):
-    return validation.mac_ratio({'scale': scale})
-
-  if abs(cost(scale) - target) <= budget.CLOSE:
-    return scale
-  low, high = 0.0, max(scale, 0.1)
-  while (reached := cost(high)) > target:
-    low, high = high, 4 * high
-    if high > FURTHEST:
-      raise UserError(
-        f'reducer.target_macs is {target}, but on the validation split at least {reached:.3f} of the dense multiply-adds '
-        'are left whatever the thresholds: protected tokens stay, and the first layer runs whole. Ask for more.'
-      )
-  return budget.bisect(cost, target, low, high)
 
 
 class Deltas(nn.Module):

@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tokenprune_jax import schedule
+from tokenprune_jax import budget, schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
@@ -32,6 +32,16 @@ REFERENCE = 128  # tokens, the padded length of the official recipe
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
   return validation.calibrated(fields, lambda trace: trace.rows)
+
+
+def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
+  """The threshold at which validation costs it; capacities go with it."""
+
+  def cost(threshold):
+    return validation.mac_ratio({'threshold': threshold})
+
+  found = {'threshold': budget.from_zero(cost, target, fields.get('threshold', Method.threshold))}
+  return {**found, **validation.calibrated(fields, lambda trace: trace.rows, found)}
 
 
 def now(memory: Memory) -> Float[Array, 'b 1']:
