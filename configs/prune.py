@@ -2,10 +2,10 @@
 
     python main.py --config=configs/prune.py:ltp,runs/dense --workdir=runs/ltp --config.reducer.target_macs=0.4
 
-After the colon: a method (ltp, power, sttabt, abt: back-tracking without thresholds, topk, cascade, spatten, manual, exits,
-pyramid, student, student_third), the workdir of a finished dense run and, for sttabt and abt, that of one with a trained
-ApproxNet, where there is one (`imdb_sttabt.py:approx`). A method's recipe is that of its own config without the fine-tune at
-the beginning, so that one dense run serves them all.
+After the colon: a method (pf, pfc_late, pfc_early, ltp, power, sttabt, abt: back-tracking without thresholds, topk, cascade,
+spatten, manual, exits, pyramid, student, student_third), the workdir of a finished dense run and, for sttabt and abt, that
+of one with a trained ApproxNet, where there is one (`imdb_sttabt.py:approx`). A method's recipe is that of its own config
+without the fine-tune at the beginning, so that one dense run serves them all.
 """
 
 import json
@@ -13,10 +13,22 @@ import pathlib
 
 import ml_collections
 
-from configs import imdb_exits, imdb_ltp, imdb_power, imdb_pyramid, imdb_sttabt, imdb_student, imdb_topk
+from configs import (
+  imdb_exits,
+  imdb_fuzzy,
+  imdb_ltp,
+  imdb_power,
+  imdb_pyramid,
+  imdb_sttabt,
+  imdb_student,
+  imdb_topk,
+)
 from tokenprune_jax.errors import UserError
 
 RECIPES = {
+  'pf': (imdb_fuzzy, 'pf'),
+  'pfc_late': (imdb_fuzzy, 'pfc_late'),
+  'pfc_early': (imdb_fuzzy, 'pfc_early'),
   'ltp': (imdb_ltp, 'budget'),
   'power': (imdb_power, 'searched'),
   'sttabt': (imdb_sttabt, 'concrete'),
@@ -48,7 +60,8 @@ def moved(stage: dict, dense: str, approx: str) -> dict:
   """A stage that starts from the given runs where it started from earlier stages."""
   if stage['init'] == 'approx' and approx:
     stage |= {'init': dense, 'init_reducer': approx}
-  return {**stage, **{key: dense for key in ('init', 'teacher') if stage[key] == 'tune'}}
+  first = {key: dense for key in ('init', 'teacher') if stage[key] in ('tune', 'pretrained')}
+  return {**stage, **first}
 
 
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
