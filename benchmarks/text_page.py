@@ -1,4 +1,4 @@
-"""Tables and plots of the study of learned token pruning, from its result file alone."""
+"""Tables and plots of the studies of methods on texts, from their result files alone."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.text_runs import BUDGETS, CORPORA, KEEP, MAIN, METHODS, MIXES, UNTRAINED
+from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, UNTRAINED, Plan, dense_row
 from tokenprune_jax import metrics
 
 COLOURS = dict(
@@ -26,11 +26,16 @@ def of(
   ]  # fmt: skip
 
 
-def best_on_validation(document: Mapping[str, Any], dataset: str) -> str | None:
-  """The method with the highest validation accuracy as trained, mean over seeds, of those with three."""
+def dense_points(document: Mapping[str, Any], dataset: str) -> list[dict[str, Any]]:
+  """Those that all others are compared with."""
+  return of(document, dataset, dense_row(dataset, 0).name, 'trained', None)
+
+
+def best_on_validation(document: Mapping[str, Any], plan: Plan, dataset: str) -> str | None:
+  """The method with the highest validation accuracy as trained, mean over seeds, of those that all seeds ran."""
   found = {
     name: np.mean([row['valid']['accuracy'] for row in points])
-    for name in MAIN if len(points := of(document, dataset, name, 'trained', None)) == 3
+    for name in plan.main if len(points := of(document, dataset, name, 'trained', None)) == len(plan.seeds[dataset])
   }  # fmt: skip
   return max(found, key=lambda name: found[name]) if found else None
 
@@ -46,14 +51,14 @@ def line_of(points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, An
   ]  # fmt: skip
 
 
-def trained_table(document: Mapping[str, Any], dataset: str) -> str:
+def trained_table(document: Mapping[str, Any], plan: Plan, dataset: str) -> str:
   """Every method as trained, then at the budgets that it was set to."""
   head = ['', 'budget', 'seeds', 'accuracy', 'accuracy − dense [95%]', 'no worse', 'keys kept', 'MACs']
-  dense = of(document, dataset, 'dense', 'trained', None)
-  lines, chosen = [head], best_on_validation(document, dataset)
+  dense = dense_points(document, dataset)
+  lines, chosen = [head], best_on_validation(document, plan, dataset)
   lines += [['dense', '–', *line_of(dense, dense)]] if dense else []
   for name, method in METHODS.items():
-    for budget in (None, *sorted(BUDGETS, reverse=True)):
+    for budget in (None, *sorted(plan.budgets, reverse=True)):
       points = of(document, dataset, name, 'trained' if budget is None else 'set', budget)
       if points:
         title = method.title + (' *chosen on validation*' if name == chosen and budget is None else '')
@@ -114,26 +119,26 @@ def not_measured(document: Mapping[str, Any]) -> str:
   return '## Points without a number\n\n' + '\n'.join(lines) + '\n' if lines else ''
 
 
-def page(document: Mapping[str, Any]) -> str:
-  """results/text_pruning.md."""
+def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
+  """results/NAME.md."""
   parts = [
-    '# Learned token pruning of text\n\nMiniLM-L6 (6 x 384), [CLS] read-out; every method starts from the same dense '
-    'fine-tunes. Accuracy on the test split, in percent; MACs and keys kept count real tokens.\n'
+    f'# {plan.title}\n\nMiniLM-L6 (6 x 384), [CLS] read-out; every method starts from the same dense fine-tunes. '
+    'Accuracy on the test split, in percent; MACs and keys kept count real tokens.\n'
   ]
-  for dataset in ('sst2', 'ag_news'):
+  for dataset in plan.seeds:
     title = CORPORA[dataset].title
-    parts += [
-      f'## {title}\n\n{trained_table(document, dataset)}',
-      f'![{title}](text_pruning_{dataset}.png)\n',
-    ]
-  parts.append(
-    '## Without training\n\nCells: accuracy (keys kept), by the share that each layer is asked for.\n'
-  )
+    table = trained_table(document, plan, dataset)
+    parts += [f'## {title}\n\n{table}', f'![{title}]({name}_{dataset}.png)\n']
+  parts += [extra_page(document)] if plan.extras else []
+  return '\n'.join([*parts, not_measured(document), report.origin(document)])
+
+
+def extra_page(document: Mapping[str, Any]) -> str:
+  """Without training, the ApproxNet's attention, and longer texts."""
+  parts = ['## Without training\n\nCells: accuracy (keys kept), by the share that each layer is asked for.\n']
   for dataset in ('sst2', 'ag_news', 'bbc'):
-    parts += [
-      f'### {CORPORA[dataset].title}\n\n{untrained_table(document, dataset)}',
-      mixes_line(document, dataset),
-    ]
+    table = untrained_table(document, dataset)
+    parts += [f'### {CORPORA[dataset].title}\n\n{table}', mixes_line(document, dataset)]
   kl = ''.join(
     f'- {CORPORA[dataset].title}: distilled {found["distilled"]:.3f}, random {found["random"]:.3f}\n'
     for dataset, found in (document.get('divergences') or {}).items()
@@ -143,20 +148,20 @@ def page(document: Mapping[str, Any]) -> str:
     '## Longer than what it was trained on\n\nTrained on the shorter half of AG News; accuracy (MACs as a share of '
     f"dense's) by quartile of the test texts' length.\n\n{quartile_table(document)}"
   )
-  return '\n'.join([*parts, not_measured(document), report.origin(document)])
+  return '\n'.join(parts)
 
 
-def plot(path: pathlib.Path, document: Mapping[str, Any], dataset: str) -> None:
+def plot(path: pathlib.Path, document: Mapping[str, Any], plan: Plan, dataset: str) -> None:
   """Accuracy against MACs: a line a method; bars are the 95% interval of the difference to dense."""
   drawing, axes = report.figure()
-  dense = of(document, dataset, 'dense', 'trained', None)
+  dense = dense_points(document, dataset)
   if not dense:
     return
   level = 100 * np.mean([row['metrics']['accuracy'] for row in dense])
   for place, (name, method) in enumerate(METHODS.items()):
     found = [
       of(document, dataset, name, 'trained', None),
-      *(of(document, dataset, name, 'set', b) for b in BUDGETS),
+      *(of(document, dataset, name, 'set', b) for b in plan.budgets),
     ]
     spots = sorted(spot(points, dense) for points in found if points)
     if spots:

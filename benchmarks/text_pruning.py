@@ -1,20 +1,19 @@
-"""Learned token pruning of text, all methods on one footing: LTP, STTABT, PoWER-BERT, top-k, cascades, students.
+"""Methods on texts, all on one footing: learned pruning (LTP, STTABT, PoWER-BERT, top-k, …), or exits and both.
 
-    python benchmarks/text_pruning.py [--data=data] [--runs=runs] [--rows=N] [--out=results/text_pruning.json]
+    python benchmarks/text_pruning.py [--study=text_pruning|exits] [--data=data] [--runs=runs] [--rows=N] [--results=results]
 
-One dense MiniLM-L6 a dataset and seed, which every method starts from (configs/prune.py); each method is trained at about
-0.4 of dense's multiply-adds and then set to other budgets on the validation split, without training. The test split only
+One dense MiniLM-L6 a dataset and seed, which every method starts from (configs/prune.py); what takes a budget is trained at
+about 0.4 of dense's multiply-adds, and then set to others on the validation split, without training. The test split only
 reports. `--data` holds sst2/ and ag_news/, each with train, valid and test.jsonl.gz: lines {"text": …, "label": …}. The
-queue goes on with the same command after any stop.
+queue goes on with the same command after any stop, and writes results/STUDY.json, its table and its plots.
 
-Besides: what a dense checkpoint loses without any training, on these and BBC News; how near a distilled ApproxNet comes to
-the true attention; and how methods trained on the shortest half of the texts do on longer ones.
+The study of pruning asks besides: what a dense checkpoint loses without any training, on these and BBC News; how near a
+distilled ApproxNet comes to the true attention; and how methods trained on the shortest half of the texts do on longer ones.
 """
 
 import argparse
 import json
 import pathlib
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,10 +27,11 @@ import numpy as np
 from benchmarks import accuracy, report, text_page
 from benchmarks.studies import Row
 from benchmarks.text_runs import (
-  BUDGETS,
   KEEP,
   MIXES,
+  PLANS,
   UNTRAINED,
+  Plan,
   approx_row,
   dense_row,
   placed,
@@ -44,7 +44,7 @@ from tokenprune_jax.errors import UserError
 
 QUARTERS = 4  # of the test texts, by length
 FOUND_ON = 256  # validation documents that a budget is met on
-PLOTTED = ('sst2', 'ag_news')
+FIXED = ('dense', 'dense_cls', 'dense_more', 'student', 'student_third')  # whose cost cannot be set
 
 
 # ------------------------------------------------------------------------------------------------------ Points
@@ -67,12 +67,12 @@ def key(point: Mapping[str, Any]) -> tuple:
   return tuple(point[name] for name in ('dataset', 'name', 'variant', 'seed', 'budget'))
 
 
-def points_of(row: Row) -> list[dict[str, Any]]:
+def points_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
   """The points of a run, not measured."""
   if row.name == 'approx':
     return []
-  able = row.name not in ('dense', 'dense_cls', 'student', 'student_third')
-  return [empty(row, None), *(empty(row, budget) for budget in BUDGETS if able and row.dataset != 'ag_short')]
+  budgets = () if row.name in FIXED or row.dataset not in plan.seeds else plan.budgets
+  return [empty(row, None), *(empty(row, budget) for budget in budgets)]
 
 
 def measured(point: dict[str, Any], trained: Trained) -> dict[str, Any]:
@@ -189,9 +189,11 @@ class Study:
   """The result file as it grows."""
 
   def __init__(self, options: argparse.Namespace, command: str):
-    self.options, self.path, self.command = options, pathlib.Path(options.out), command
-    self.runs = [placed(row, options) for row in rows()]
-    points = [point for row in self.runs for point in points_of(row)] + list(untrained_points())
+    self.options, self.plan = options, PLANS[options.study]
+    self.path = pathlib.Path(options.results) / f'{options.study}.json'
+    self.runs = [placed(row, options) for row in rows(self.plan)]
+    points = [point for row in self.runs for point in points_of(row, self.plan)]
+    points += list(untrained_points()) if self.plan.extras else []
     before = report.read(self.path)
     known = {key(point): point for point in before['rows'] if settled(point)}
     self.document = {
@@ -202,9 +204,10 @@ class Study:
   def save(self) -> None:
     """The file, its table and its plots."""
     workdir.write_json(self.path, self.document)
-    workdir.write_text(self.path.with_suffix('.md'), text_page.page(self.document))
-    for dataset in PLOTTED:
-      text_page.plot(self.path.with_name(f'text_pruning_{dataset}.png'), self.document, dataset)
+    name = self.options.study
+    workdir.write_text(self.path.with_suffix('.md'), text_page.page(self.document, self.plan, name))
+    for dataset in self.plan.seeds:
+      text_page.plot(self.path.with_name(f'{name}_{dataset}.png'), self.document, self.plan, dataset)
 
   def missing(self, row: Row) -> list[int]:
     """Places of a run's points that are not measured."""
@@ -272,16 +275,17 @@ def tell(point: Mapping[str, Any]) -> None:
 def main() -> None:
   """Runs and points that are missing, in order."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--study', default='text_pruning', choices=sorted(PLANS))
   parser.add_argument('--data', default='data', help='folder of the datasets')
   parser.add_argument('--runs', default='runs', help='folder of the workdirs')
   parser.add_argument('--rows', type=int, default=10**6, help='stop after this many runs')
-  parser.add_argument('--out', default='results/text_pruning.json')
+  parser.add_argument('--results', default='results', help='folder of the result files')
   options = parser.parse_args()
   try:
     write_corpora(options)
   except UserError as error:
     raise SystemExit(f'error: {error}') from error
-  study = Study(options, shlex.join(['python', 'benchmarks/text_pruning.py']))
+  study = Study(options, f'python benchmarks/text_pruning.py --study={options.study}')
   waiting = [
     row for row in study.runs if study.missing(row) or not (study.folder(row) / 'result.json').exists()
   ]
@@ -289,7 +293,8 @@ def main() -> None:
     print(f'[{number}/{len(waiting)}] {row.dataset} {row.name} seed {row.seed}', flush=True)
     study.finish(row)
     study.save()
-  study.without_training()
+  if study.plan.extras:
+    study.without_training()
   study.save()
   print(study.path.with_suffix('.md').read_text(encoding='utf-8'))
 

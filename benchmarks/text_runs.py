@@ -1,4 +1,4 @@
-"""The study of learned token pruning as data: its corpora, methods and runs, in the order in which they are worth having."""
+"""The studies of methods on texts as data: corpora, methods and runs, in the order in which they are worth having."""
 
 import argparse
 import gzip
@@ -13,14 +13,7 @@ from benchmarks.studies import Row
 from tokenprune_jax import workdir
 from tokenprune_jax.errors import UserError
 
-BUDGETS = (
-  0.4,
-  0.55,
-  0.3,
-  0.7,
-  0.2,
-)  # shares of dense's multiply-adds, in the order in which they are worth having
-TRAINED_AT = 0.4
+TRAINED_AT = 0.4  # share of dense's multiply-adds
 
 
 class Corpus(NamedTuple):
@@ -37,6 +30,7 @@ CORPORA = {
   'sst2': Corpus('SST-2', 64, (16, 32, 64), 3, 10_000),
   'ag_news': Corpus('AG News', 128, (48, 64, 96, 128), 3),
   'ag_short': Corpus('AG News, trained on its shorter half', 128, (48, 64, 96, 128), 3),
+  'rotten_tomatoes': Corpus('Rotten Tomatoes', 64, (16, 32, 48, 64), 3),
   'bbc': Corpus('BBC News', 256, (64, 128, 192, 256), 3),
 }
 BUDGET = (f'reducer.target_macs={TRAINED_AT}',)
@@ -51,6 +45,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
+  'dense_more': Method('dense, trained on', 'dense'),
   'ltp': Method('LTP', 'ltp', BUDGET),
   'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5')),
   'power': Method('PoWER-BERT', 'power', BUDGET),
@@ -61,10 +56,56 @@ METHODS = {
   'manual': Method('top-k, manual schedule', 'manual', ('reducer.score=received',)),
   'cascade': Method('cascade of tokens', 'cascade'),
   'spatten': Method('cascade of tokens and heads (SpAtten)', 'spatten'),
+  'exits': Method('exits, linear', 'exits'),
+  'fastbert': Method('FastBERT', 'exits', ('reducer.head=attention',)),
+  'pyramid': Method('Magic Pyramid', 'pyramid', ('reducer.reducers[0].target_macs=0.5',)),
   'student': Method('student, half of the layers', 'student'),
   'student_third': Method('student, a third of the layers', 'student_third'),
 }
-MAIN = ('topk', 'ltp', 'power', 'sttabt')  # three seeds
+
+
+class Plan(NamedTuple):
+  """A study. main: the methods that run on every seed, others on the first alone; budgets: what all are set to.
+
+  extras: what only the study of pruning asks: dense checkpoints without training, and longer texts than trained on.
+  """
+
+  title: str
+  seeds: dict[str, tuple[int, ...]]  # of each dataset
+  main: tuple[str, ...]
+  others: tuple[str, ...]
+  budgets: tuple[float, ...]  # shares of dense's multiply-adds, in the order in which they are worth having
+  extras: bool = False
+
+
+ALL = (0, 1, 2)
+PLANS = {
+  'text_pruning': Plan(
+    'Learned token pruning of text',
+    {'sst2': ALL, 'ag_news': ALL},
+    ('topk', 'ltp', 'power', 'sttabt'),
+    (
+      'dense_more',
+      'topk_cls',
+      'topk_random',
+      'topk_cumulative',
+      'manual',
+      'cascade',
+      'spatten',
+      'student',
+      'student_third',
+    ),
+    (0.4, 0.55, 0.3, 0.7, 0.2),
+    extras=True,
+  ),
+  'exits': Plan(
+    'Exits, pruning, and both',
+    {'ag_news': ALL, 'bbc': (0,), 'rotten_tomatoes': (0,)},
+    ('ltp', 'exits', 'fastbert', 'pyramid', 'student'),
+    (),
+    (0.4, 0.25, 0.6, 0.15, 0.8, 0.5, 0.3),
+  ),
+}
 
 UNTRAINED = {
   'manual': ('top-k on the way up', {'name': 'topk', 'score': 'received'}),
@@ -82,13 +123,14 @@ def dense_row(dataset: str, seed: int) -> Row:
   corpus = CORPORA[dataset]
   if dataset == 'bbc':
     return Row('bbc', 'dense_cls', 'dense', seed, ('task.readout=cls',), timed=False)
-  data = {'train': f'{{data}}/{dataset}/train.jsonl.gz', 'valid': f'{{data}}/{dataset}/valid.jsonl.gz'}
-  data['test'] = f'{{data}}/{dataset}/test.jsonl.gz'
+  folder = f'{{data}}/{dataset.replace("ag_short", "ag_news")}'
+  data = {split: f'{folder}/{split}.jsonl.gz' for split in ('train', 'valid', 'test')}
   if dataset == 'ag_short':
-    data = {name: path.replace('ag_short', 'ag_news') for name, path in data.items()}
     data['train'] = '{runs}/ag_news_short.jsonl'
+  if dataset == 'rotten_tomatoes':
+    data = {'name': dataset}
   overrides = (
-    *(f'data.{name}={path}' for name, path in data.items()), f'data.train_limit={corpus.limit}',
+    *(f'data.{name}={value}' for name, value in data.items()), f'data.train_limit={corpus.limit}',
     f'data.max_length={corpus.length}', f'data.buckets={corpus.buckets}'.replace(' ', ''), 'task.readout=cls',
     f'stages[0].epochs={corpus.epochs}', 'optimizer.learning_rate=1e-4',
   )  # fmt: skip
@@ -108,24 +150,26 @@ def method_row(dataset: str, name: str, seed: int) -> Row:
   """A method, from the dense run of its dataset and seed."""
   method = METHODS[name]
   approx = f',{{runs}}/pooled/approx-seed{seed}' if method.recipe == 'sttabt' else ''
-  variant = f'{method.recipe},{{runs}}/{dataset}/dense-seed{seed}{approx}'
+  variant = f'{method.recipe},{{runs}}/{dataset}/{dense_row(dataset, seed).name}-seed{seed}{approx}'
   return Row(dataset, name, variant, seed, method.overrides, 'configs/prune.py', False)
 
 
-def rows() -> Iterator[Row]:
-  """Every run, in the order in which they are worth having."""
-  for seed in (0, 1, 2):
-    for dataset in ('sst2', 'ag_news'):
+def rows(plan: Plan) -> Iterator[Row]:
+  """Every run of a study: all of the first seed before any of the second, an ApproxNet before those who need it."""
+  for seed in ALL:
+    datasets = [dataset for dataset, seeds in plan.seeds.items() if seed in seeds]
+    ready = [name for name in plan.main if name != 'sttabt']
+    for dataset in datasets:
       yield dense_row(dataset, seed)
-      yield from (method_row(dataset, name, seed) for name in MAIN[:-1])
-    yield approx_row(seed)
-    yield from (method_row(dataset, MAIN[-1], seed) for dataset in ('sst2', 'ag_news'))
-    if seed == 0:
+      yield from (method_row(dataset, name, seed) for name in ready)
+    if len(ready) < len(plan.main):
+      yield approx_row(seed)
+      yield from (method_row(dataset, 'sttabt', seed) for dataset in datasets)
+    if plan.extras and seed == 0:
       yield dense_row('bbc', 0)
       yield dense_row('ag_short', 0)
       yield from (method_row('ag_short', name, 0) for name in ('ltp', 'power', 'topk'))
-  for dataset in ('sst2', 'ag_news'):
-    yield from (method_row(dataset, name, 0) for name in METHODS if name not in MAIN)
+  yield from (method_row(dataset, name, 0) for dataset in plan.seeds for name in plan.others)
 
 
 def placed(row: Row, options: argparse.Namespace) -> Row:

@@ -2,10 +2,11 @@
 
     python main.py --config=configs/prune.py:ltp,runs/dense --workdir=runs/ltp --config.reducer.target_macs=0.4
 
-After the colon: a method (pf, pfc_late, pfc_early, ltp, power, sttabt, abt: back-tracking without thresholds, topk, cascade,
-spatten, manual, exits, pyramid, student, student_third), the workdir of a finished dense run and, for sttabt and abt, that
-of one with a trained ApproxNet, where there is one (`imdb_sttabt.py:approx`). A method's recipe is that of its own config
-without the fine-tune at the beginning, so that one dense run serves them all.
+After the colon: a method (dense: trained on as long as most of them; pf, pfc_late, pfc_early, ltp, power, sttabt, abt:
+back-tracking without thresholds, topk, cascade, spatten, manual, exits, pyramid, student, student_third), the workdir of a
+finished dense run and, for sttabt and abt, that of one with a trained ApproxNet, where there is one
+(`imdb_sttabt.py:approx`). A method's recipe is that of its own config without the fine-tune at the beginning, so that one
+dense run serves them all.
 """
 
 import json
@@ -26,6 +27,7 @@ from configs import (
 from tokenprune_jax.errors import UserError
 
 RECIPES = {
+  'dense': (imdb_fuzzy, 'dense'),
   'pf': (imdb_fuzzy, 'pf'),
   'pfc_late': (imdb_fuzzy, 'pfc_late'),
   'pfc_early': (imdb_fuzzy, 'pfc_early'),

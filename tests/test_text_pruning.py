@@ -18,6 +18,8 @@ from tokenprune_jax import stages  # noqa: E402
 from tokenprune_jax.data import datasets  # noqa: E402
 from tokenprune_jax.errors import UserError  # noqa: E402
 
+PLAN = text_runs.PLANS['text_pruning']
+
 
 def records(rate, seed):
   random, labels = np.random.default_rng(seed), np.random.default_rng(99).integers(5, size=120)
@@ -83,7 +85,7 @@ def study(monkeypatch, tmp_path):
       'text_pruning.py',
       f'--data={tmp_path}/data',
       f'--runs={tmp_path}/runs',
-      f'--out={tmp_path}/text_pruning.json',
+      f'--results={tmp_path}',
     ]
     monkeypatch.setattr(sys, 'argv', [*base, *arguments])
     text_pruning.main()
@@ -112,7 +114,10 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
   first = study('--rows=1')
   assert first == ['sst2/ltp-seed0']
   rest = study()
-  assert len(rest) == len(list(text_runs.rows())) - 3 and not set(rest) & {'sst2/dense-seed0', *first}
+  assert len(rest) == len(list(text_runs.rows(PLAN))) - 3 and not set(rest) & {
+    'sst2/dense-seed0',
+    *first,
+  }
   assert study() == []
   document = json.loads((tmp_path / 'text_pruning.json').read_text())
   assert {row['reason'] for row in document['rows']} == {None, 'the budget is 0.2, ask for more'}
@@ -124,9 +129,16 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
     'chosen on validation' in text and 'distilled 0.200, random 1.600' in text and 'up to 39 tokens' in text
   )
   lines = [line for line in text.splitlines() if line.startswith('| LTP')]
-  assert len(lines) == 2 * (1 + len(text_runs.BUDGETS) - 1) + 1
-  plot(tmp_path / 'plot.png', document, 'sst2')
+  assert len(lines) == 2 * (1 + len(PLAN.budgets) - 1) + 1
+  plot(tmp_path / 'plot.png', document, PLAN, 'sst2')
   assert 10_000 < (tmp_path / 'plot.png').stat().st_size < 300_000
+
+
+def test_exits_are_a_study_of_their_own(study, tmp_path, monkeypatch):
+  monkeypatch.setattr(text_page, 'plot', lambda *_: None)
+  assert study('--study=exits', '--rows=2') == ['ag_news/dense-seed0', 'ag_news/ltp-seed0']
+  text = (tmp_path / 'exits.md').read_text()
+  assert '## Rotten Tomatoes' in text and 'Without training' not in text
 
 
 def test_missing_data_is_told(monkeypatch, tmp_path):
@@ -135,9 +147,10 @@ def test_missing_data_is_told(monkeypatch, tmp_path):
     text_pruning.main()
 
 
-def test_every_run_comes_after_those_it_starts_from():
+@pytest.mark.parametrize('study', text_runs.PLANS)
+def test_every_run_comes_after_those_it_starts_from(study):
   seen = set()
-  for row in text_runs.rows():
+  for row in text_runs.rows(text_runs.PLANS[study]):
     row = text_runs.placed(row, SimpleNamespace(data='data', runs='runs'))
     needed = [name for name in row.variant.split(',')[1:] if name.startswith('runs/')]
     assert set(needed) <= seen
