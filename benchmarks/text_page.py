@@ -10,9 +10,7 @@ from benchmarks import report
 from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, UNTRAINED, Plan, dense_row
 from tokenprune_jax import metrics
 
-COLOURS = dict(
-  zip(('dense', *METHODS), (report.PALETTE[6], *report.PALETTE[:6], *report.PALETTE[7:], *report.PALETTE))
-)
+COLOURS = {name: report.PALETTE[place % len(report.PALETTE)] for place, name in enumerate(METHODS)}
 
 
 def of(
