@@ -69,6 +69,15 @@ def test_a_config_equals_itself_read_back_from_json():
   assert settings.differences(config, json.loads(json.dumps(config))) == {}
 
 
+def test_a_config_of_an_earlier_version_gets_the_defaults_of_new_keys():
+  config = settings.check({'seed': 3, 'stages': ({'name': 'a'}, {'name': 'b', 'init': 'a'})})
+  older = json.loads(json.dumps(config))
+  del older['checkpoint'], older['stages'][1]['rate']
+  assert settings.differences(settings.filled_in(older), config) == {}
+  older['sead'] = 1
+  assert 'sead' in settings.differences(settings.filled_in(older), config)
+
+
 def test_differences_name_nested_keys():
   first = settings.check({'reducer': {'name': 'chain', 'reducers': ({'name': 'fuzzy', 'ratio': 0.9},)}})
   second = settings.check(

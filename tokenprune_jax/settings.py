@@ -219,6 +219,14 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
   return config
 
 
+def filled_in(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """A config that an earlier version wrote, with the defaults of the keys that it did not know."""
+  try:
+    return check(config)
+  except UserError:  # it knew others: all differences are told
+    return config
+
+
 def check_reducer(spec: Any, path: str) -> None:
   """Raises UserError unless `spec` looks like {'name': …}, in a chain with such ones under 'reducers'."""
   if not isinstance(spec, Mapping) or not isinstance(spec.get('name'), str):

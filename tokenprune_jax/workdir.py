@@ -101,6 +101,7 @@ def settle_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
   earlier = read_json(path)
   learned = any(folder.glob('checkpoints/*/*')) or any(folder.glob('stages/*'))
   if earlier is not None and learned:
+    earlier = settings.filled_in(earlier)
     refuse_differences(path, earlier, config)
     if any(key.startswith('eval.') for key in settings.differences(earlier, config)):
       (folder / 'result.json').unlink(missing_ok=True)
