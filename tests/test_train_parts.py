@@ -72,8 +72,14 @@ def test_the_first_group_that_matches_gives_the_rate():
   assert rates['head/out/kernel'] == 10.0
   assert rates['encoder/block_2/query/bias'] == 0.5
   assert rates['encoder/block_1/query/kernel'] == 1.0
-  with pytest.raises(UserError, match=r'pooler/\.\*.*matches no parameter'):
-    optim.rates(PARAMS, (('pooler/.*', 2.0),))
+
+
+def test_a_group_has_to_match_in_some_stage():
+  later = {**PARAMS, 'reducer': {'r': jnp.ones(2)}}
+  optim.check_groups((('reducer/.*', 2.0), ('head/.*', 2.0)), [PARAMS, later])
+  for groups, stages_ in (((('pooler/.*', 2.0),), [PARAMS, later]), ((('reducer/.*', 2.0),), [PARAMS])):
+    with pytest.raises(UserError, match=r'/\.\*.*matches no parameter'):
+      optim.check_groups(groups, stages_)
 
 
 def one_update(grads, **changes):

@@ -4,7 +4,7 @@ A parameter is named by its path, such as 'encoder/block_1/query/kernel'; a rege
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,17 +55,22 @@ def merge(trained: Params, frozen: Params) -> dict[str, Any]:
 
 
 def rates(params: Params, groups: Sequence[tuple[str, float]]) -> dict[str, float]:
-  """{path: learning-rate factor} by the first regex that matches, 1 without any.
-
-  Raises UserError for a regex that matches no parameter: it would be silently without effect.
-  """
-  paths = list(flatten(params))
-  for regex, _ in groups:
-    if not any(re.fullmatch(regex, path) for path in paths):
-      raise UserError(f"config.optimizer.groups: '{regex}' matches no parameter.{examples(params)}")
+  """{path: learning-rate factor} by the first regex that matches, 1 without any."""
   return {
-    path: next((factor for regex, factor in groups if re.fullmatch(regex, path)), 1.0) for path in paths
+    path: next((factor for regex, factor in groups if re.fullmatch(regex, path)), 1.0)
+    for path in flatten(params)
   }
+
+
+def check_groups(groups: Sequence[tuple[str, float]], stages: Iterable[Params]) -> None:
+  """Raises UserError for a regex that matches no parameter of any stage: it would be silently without effect."""
+  left = [regex for regex, _ in groups]
+  for params in stages:
+    left = [regex for regex in left if not any(re.fullmatch(regex, path) for path in flatten(params))]
+    if not left:
+      return
+  if left:
+    raise UserError(f"config.optimizer.groups: '{left[0]}' matches no parameter.{examples(params)}")
 
 
 def examples(params: Params) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tokenprune_jax import data, initial, predict, pretrained, sharding, stages, tasks, writer
+from tokenprune_jax import data, initial, optim, predict, pretrained, sharding, stages, tasks, writer
 from tokenprune_jax.data import files
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, make_reducer
@@ -58,6 +58,7 @@ def check_stages(config: Mapping[str, Any], weights: pretrained.Pretrained, task
       check_teacher(stage, model, weights, earlier)
     earlier[stage['name']] = model
     handed_on.append(stages.expected(spec, weights.config.depth))
+  optim.check_groups(config['optimizer']['groups'], map(initial.param_shapes, earlier.values()))
 
 
 def check_teacher(
