@@ -178,6 +178,34 @@ def test_limits(head, criterion):
   np.testing.assert_array_equal((np.asarray(output.trace.rows) > 0).sum(-1), 1)
 
 
+@pytest.mark.parametrize(
+  'other',
+  [
+    {'name': 'fuzzy', 'ratio': 0.7},
+    {'name': 'ltp', 'threshold': 0.015},
+    {'name': 'sttabt', 'mode': 'topk', 'keep': 0.4},
+  ],
+  ids=lambda other: other['name'],
+)
+def test_exits_chain_with_what_prunes(other):
+  """Both executors agree, and pruning and exits each save something."""
+  spec = {'name': 'chain', 'reducers': (other, {'name': 'early_exit', 'layers': (1, 3), 'threshold': 0.9})}
+  model, params = model_and_params(spec, readout='cls')
+
+  def run(threshold, executor='mask'):
+    controls = {'exit_threshold': np.full(5, threshold, np.float32)}
+    return apply(model.clone(executor=executor), params, {**BATCH, 'controls': controls})
+
+  never = run(0.0)
+  middle = float(np.median(early_exit.uncertainty(never.exits[:, 0]))) + 1e-3
+  masked, compact = run(middle), run(middle, 'compact')
+  np.testing.assert_allclose(masked.logits, compact.logits, atol=1e-4)
+  np.testing.assert_allclose(masked.macs, compact.macs, rtol=1e-5)
+  assert (np.asarray(masked.macs < never.macs - 1)).sum() >= 3  # those that left at the first exit
+  kept = np.asarray(never.trace.kept)[:3, 3].sum(-1)
+  assert (kept < np.array(LENGTHS[:3])).all()
+
+
 def test_what_an_exit_costs():
   counts = jnp.array([7.0, 1.0])
   found = exit_heads.macs('attention', 32, 3, counts)
