@@ -21,7 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(
   0, str(pathlib.Path(__file__).resolve().parents[1])
@@ -109,33 +109,48 @@ def dense_batches(rows: Sequence[np.ndarray], ladder: serve.Ladder, pad: int) ->
   return {'padded': padded, 'bucketed': bucketed}
 
 
-def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Any], list[np.ndarray]]:
+class Timed(NamedTuple):
+  """A program, the executor it runs by, and what it costs as a share of dense's multiply-adds."""
+
+  program: Any
+  executor: str
+  macs: float
+
+
+def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Timed], list[np.ndarray]]:
   """What is timed, and the documents."""
   weights = pretrained.load(
     WEIGHTS[options.model], dropout=0.0, attention_dropout=0.0, dtype=options.dtype[0]
   )
   rows, tuning = documents(dataset, weights, options.documents)
   ladder, pad = serve.Ladder().settled(weights.config.max_length), weights.config.pad_id
-  found: dict[str, Any] = {}
+  found: dict[str, Timed] = {}
 
   def made(spec: dict[str, Any], **changes: Any) -> tuple[Classifier, Any]:
     model = speed.made(spec, dataclasses.replace(weights.config, **changes))
     return model, jax.device_put({**speed.random_params(model), 'encoder': weights.params['encoder']})
 
-  for shape, batches in dense_batches(rows, ladder, pad).items():
+  shapes = dense_batches(rows, ladder, pad)
+  for shape, batches in shapes.items():
     for way, slots in (('whole', 0), ('grouped', -1)):
-      found[f'dense_{shape}_{way}'] = timing.Forward(*made({'name': 'none'}, group_slots=slots), batches)
-  found['dense_served'] = timing.Served(*made({'name': 'none'}), rows, {})
+      program = timing.Forward(*made({'name': 'none'}, group_slots=slots), batches)
+      found[f'dense_{shape}_{way}'] = Timed(program, 'mask', 1.0)
+  found['dense_served'] = Timed(timing.Served(*made({'name': 'none'}), rows, {}), 'serve', 1.0)
   wanted = speed.specs(weights.config.depth)
   others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
   for name in options.methods or ('threshold', 'early_exit', 'topk'):
-    _, params = made(wanted[name][0])
-    spec, _ = speed.settled(wanted[name][0], weights.config, params, others, options.budget)
-    found[name] = timing.Served(speed.made(spec, weights.config), params, rows, {})
-    print(
-      f'{name}: {len(found[name].server.programs)} programs in {found[name].compile_seconds:.0f} s, {spec}',
-      flush=True,
-    )
+    given, executor = wanted[name]
+    _, params = made(given)
+    spec, _ = speed.settled(given, weights.config, params, others, options.budget)
+    model = speed.made(spec, weights.config)
+    if executor == 'compact':
+      program = timing.Forward(model.clone(executor='compact'), params, shapes['bucketed'])
+      macs = speed.settled(spec, weights.config, params, shapes['bucketed'], 0)[1]
+      found[name], said = Timed(program, executor, macs), f'{len(program.programs)} programs'
+    else:
+      served = timing.Served(model, params, rows, {})
+      found[name], said = Timed(served, executor, served.macs), f'{len(served.server.programs)} programs'
+    print(f'{name}: {said} in {found[name].program.compile_seconds:.0f} s, {spec}', flush=True)
   return found, rows
 
 
@@ -144,20 +159,16 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   table, rows = programs(options, dataset)
   load = measure.quiet(options.allow_load)
   compiled = {
-    name: len(program.server.programs)
-    for name, program in table.items()
-    if isinstance(program, timing.Served)
+    name: len(timed.program.server.programs) for name, timed in table.items() if timed.executor == 'serve'
   }
-  times = timing.in_turns(table, options.repeats)
+  times = timing.in_turns({name: timed.program for name, timed in table.items()}, options.repeats)
   best = min((name for name in table if name.startswith('dense')), key=lambda name: times[name]['seconds'])
   dense, found = times[best]['seconds'], []
-  for name, program in table.items():
+  for name, (program, executor, macs) in table.items():
     ratio = dense / times[name]['seconds']
-    macs = program.macs if isinstance(program, timing.Served) else 1.0
     row = {
       'model': options.model, 'dataset': dataset, 'documents': len(rows), 'method': name, 'dtype': options.dtype[0],
-      'executor': 'serve' if isinstance(program, timing.Served) else 'mask', **times[name], 'dense': best,
-      'dense_seconds': dense,
+      'executor': executor, **times[name], 'dense': best, 'dense_seconds': dense,
       'mac_ratio': macs, 'time_ratio': ratio, 'efficiency': ratio * macs, 'load_of_others': load,
       'compile_seconds': program.compile_seconds, 'programs': compiled.get(name), 'arriving': None,
     }  # fmt: skip

@@ -66,7 +66,7 @@ def specs(depth: int) -> dict[str, tuple[dict[str, Any], str]]:
     'student': ({'name': 'student', 'layers': tuple(range(1, depth + 1, 2))}, 'compact'),
     'threshold': ({'name': 'threshold'}, 'serve'),
     'ltp': ({'name': 'ltp'}, 'serve'),
-    'sttabt': ({'name': 'sttabt', 'mode': 'topk'}, 'serve'),
+    'sttabt': ({'name': 'sttabt', 'mode': 'topk', 'overflow_rate': 0.05}, 'compact'),
     'early_exit': ({'name': 'early_exit', 'layers': tuple(range(1, depth))}, 'serve'),
   }
 
@@ -89,7 +89,10 @@ def made(spec: dict[str, Any], config: EncoderConfig) -> Classifier:
 def settled(
   spec: dict[str, Any], config: EncoderConfig, params: Any, batches: Sequence[dict], budget: float
 ) -> tuple[dict[str, Any], float]:
-  """(`spec` with what a method's `at_budget` finds on these batches, MACs as a share of dense's)."""
+  """(`spec` with what a method's `at_budget` finds on these batches, MACs as a share of dense's).
+
+  budget 0: `spec` as it is.
+  """
   weighted = [{**batch, 'weight': batch['mask'].any(-1).astype(np.float32)} for batch in batches]
 
   def validation(spec):
@@ -98,7 +101,7 @@ def settled(
       lambda batch: forward(params, batch), lambda: weighted, lambda: params.get('reducer', {}), config
     )
 
-  if hasattr(stages.module(spec['name']), 'at_budget'):
+  if budget and hasattr(stages.module(spec['name']), 'at_budget'):
     spec = stages.at_budget(spec, budget, validation(spec))
   return spec, validation(spec).mac_ratio({})
 
