@@ -118,20 +118,24 @@ def untrained(point: dict[str, Any], dense: Trained, approx: Mapping[str, Any]) 
 
 
 def with_approx(dense: Trained, spec: Mapping[str, Any], approx: Mapping[str, Any]) -> Any:
-  """The dense parameters with the ApproxNet that `spec` needs: the given one, or the encoder itself."""
+  """The dense parameters with the ApproxNet that `spec` needs: the given one, or the encoder itself.
+
+  Its own classifier, which a plan does not read, is empty: it was trained for other labels.
+  """
   if spec['name'] != 'sttabt':
     return dense.params
-  if spec.get('factor', 4) > 1:
-    return {**dense.params, 'reducer': {'approx': approx['approx']}}
-  fresh = dense.model(spec).init_params(key_of(0))['reducer']['approx']
-  return {**dense.params, 'reducer': {'approx': {**fresh, 'encoder': dense.params['encoder']}}}
+  import jax.numpy as jnp
+  from jax import tree
 
+  from tokenprune_jax import initial
 
-def key_of(seed: int) -> Any:
-  """A random key."""
-  import jax
-
-  return jax.random.key(seed)
+  shapes = initial.param_shapes(dense.model(spec))['reducer']['approx']
+  encoder = dense.params['encoder'] if spec.get('factor', 4) == 1 else approx['approx']['encoder']
+  rest = {name: part for name, part in shapes.items() if name != 'encoder'}
+  return {
+    **dense.params,
+    'reducer': {'approx': {**tree.map(lambda x: jnp.zeros(x.shape), rest), 'encoder': encoder}},
+  }
 
 
 def divergences(dense: Trained, approx: Mapping[str, Any]) -> dict[str, float]:
@@ -146,7 +150,8 @@ def divergences(dense: Trained, approx: Mapping[str, Any]) -> dict[str, float]:
   config = dense.exported.config
   method = sttabt.Method(mode='topk')
   narrow = method.narrow(config)
-  fresh = dense.model({'name': 'sttabt', 'mode': 'topk'}).init_params(key_of(1))['reducer']
+  sttabt_model = dense.model({'name': 'sttabt', 'mode': 'topk'})
+  fresh = jax.jit(lambda key: sttabt_model.init_params(key)['reducer'])(jax.random.key(1))
 
   def maps(config, params, batch):
     inputs = Inputs(batch['ids'], batch['mask'], batch['types'], {}, 2, config)
