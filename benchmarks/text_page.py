@@ -10,6 +10,7 @@ from benchmarks import report
 from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, UNTRAINED, Plan, dense_row
 from tokenprune_jax import metrics
 
+NOT_RUN = 'Not run yet.\n'
 COLOURS = {name: report.PALETTE[place % len(report.PALETTE)] for place, name in enumerate(METHODS)}
 
 
@@ -92,7 +93,7 @@ def quartile_table(document: Mapping[str, Any]) -> str:
   """Trained on the shorter half: accuracy (MACs / dense's there) by quartile of length."""
   found = document.get('quartiles') or {}
   if 'dense' not in found:
-    return 'Not run yet.\n'
+    return NOT_RUN
   lines = [['', *(f'up to {part["longest"]} tokens' for part in found['dense'])]]
   for name, parts in found.items():
     cells = [
@@ -141,7 +142,7 @@ def extra_page(document: Mapping[str, Any]) -> str:
     f'- {CORPORA[dataset].title}: distilled {found["distilled"]:.3f}, random {found["random"]:.3f}\n'
     for dataset, found in (document.get('divergences') or {}).items()
   )
-  parts.append(f'### ApproxNet\n\nKL of its attention from the true one, nats:\n\n{kl or "Not run yet."}')
+  parts.append(f'### ApproxNet\n\nKL of its attention from the true one, nats:\n\n{kl or NOT_RUN}')
   parts.append(
     '## Longer than what it was trained on\n\nTrained on the shorter half of AG News; accuracy (MACs as a share of '
     f"dense's) by quartile of the test texts' length.\n\n{quartile_table(document)}"
