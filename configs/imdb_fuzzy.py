@@ -27,7 +27,7 @@ FUZZY = {
   'overflow_rate': 0.0,
   'seed': 0,
 }
-COMBINE = {'name': 'combine', 'slots': 8, 'spread': 1.0, 'scale': True, 'identity': True}
+COMBINE = {'name': 'combine', 'slots': 8, 'spread': 1.0, 'noise': 1.0, 'scale': True, 'identity': True}
 VARIANTS = ('dense', 'p', 'pf', 'c_late', 'c_early', 'pfc_late', 'pfc_early')
 
 

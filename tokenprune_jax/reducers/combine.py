@@ -1,12 +1,12 @@
 """Token combining: all tokens are assigned to a few combination tokens, which go on alone (arXiv 2406.01283, section 3.3).
 
-  Sim_ij = softmax over i of (W_q LN(c_i) . W_k LN(e_j) * scale + g_i),  g ~ Gumbel(0, 1) in training only
+  Sim_ij = softmax over i of (W_q LN(c_i) . W_k LN(e_j) * scale + noise g_i),  g ~ Gumbel(0, 1) in training only
   HA     = onehot(argmax_i Sim) + Sim - stop_gradient(Sim)               (hard, straight-through)
   c_i    = c_i + W_o (sum_j HA_ij W_v e_j) / (sum_j HA_ij)
 
 The module replaces block `layer`; combination tokens are carried from the embeddings on and read and are read by all
 tokens in the blocks before. Reconstructed here, as the paper leaves it open: combination tokens join after the embedding
-LayerNorm; padding is assigned to nothing; an empty slot keeps its state; `spread`, `scale` and `identity` (see the fields).
+LayerNorm; padding is assigned to nothing; an empty slot keeps its state; `spread`, `scale`, `identity` and `noise` (see the fields).
 """
 
 import flax.linen as nn
@@ -59,6 +59,7 @@ class Assign(nn.Module):
 
   scale: bool
   identity: bool
+  noise: float
 
   @nn.compact
   def __call__(
@@ -73,8 +74,8 @@ class Assign(nn.Module):
     query = project('query', Norm(NORM_EPSILON, name='slot_norm')(slots))
     key = project('key', Norm(NORM_EPSILON, name='token_norm')(x))
     logits = jnp.einsum('bmd,bnd->bmn', query, key) * (width**-0.5 if self.scale else 1.0)
-    if train:
-      logits = logits + jax.random.gumbel(self.make_rng('reduce'), logits.shape)
+    if train and self.noise:
+      logits = logits + self.noise * jax.random.gumbel(self.make_rng('reduce'), logits.shape)
     assignment = hard_assignment(logits, mask)
     return slots + project('out', project('value', assigned_mean(assignment, x))), assignment
 
@@ -92,6 +93,7 @@ class Method(Reducer):
   scale: bool = (
     True  # logits / sqrt(d), as in the module's ancestor (GroupViT); the paper's equation has no scale
   )
+  noise: float = 1.0  # factor of the Gumbel noise in training; the paper's is 1
   identity: bool = (
     True  # start W_q, W_k, W_v, W_o at the identity, so that slots start as means of pretrained states
   )
@@ -101,6 +103,8 @@ class Method(Reducer):
       raise UserError(
         f'reducer.slots is {self.slots}; it is the number of combination tokens, 0 (off) or more'
       )
+    if self.noise < 0:
+      raise UserError(f'reducer.noise is {self.noise}; it is a factor, 0 or more')
     if self.spread < 0:
       raise UserError(f'reducer.spread is {self.spread}; it is a standard deviation, 0 or more')
     if self.slots and not 2 <= self.layer <= depth:
@@ -110,7 +114,7 @@ class Method(Reducer):
 
   def setup(self):
     self.tokens = CombinationTokens(self.slots, self.spread)
-    self.assign = Assign(self.scale, self.identity)
+    self.assign = Assign(self.scale, self.identity, self.noise)
 
   def blocks(self, depth: int) -> tuple[int, ...]:
     return tuple(l for l in range(1, depth + 1) if l != self.layer or not self.slots)
