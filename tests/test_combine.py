@@ -71,13 +71,27 @@ def test_columns_sum_to_one_for_tokens_and_to_zero_for_padding():
 def test_the_order_of_tokens_does_not_matter():
   x = jax.random.normal(jax.random.key(0), (1, 6, 5))
   slots = jax.random.normal(jax.random.key(1), (1, 3, 5))
-  module = combine.Assign(scale=True, identity=False)
+  module = combine.Assign(scale=True, identity=False, noise=1.0)
   params = module.init(jax.random.key(2), slots, x, jnp.ones((1, 6)), False)
   order = jnp.array([3, 1, 5, 0, 2, 4])
   first, assignment = module.apply(params, slots, x, jnp.ones((1, 6)), False)
   second, shuffled = module.apply(params, slots, x[:, order], jnp.ones((1, 6)), False)
   np.testing.assert_allclose(first, second, atol=1e-6)
   np.testing.assert_array_equal(assignment[..., order], shuffled)
+
+
+def test_without_noise_training_assigns_as_inference_does():
+  x, slots = (jax.random.normal(jax.random.key(i), (2, n, 5)) for i, n in enumerate((30, 3)))
+  found = {}
+  for noise in (0.0, 5.0):
+    module = combine.Assign(scale=True, identity=True, noise=noise)
+    params = module.init(jax.random.key(2), slots, x, jnp.ones((2, 30)), False)
+    rngs = {'reduce': jax.random.key(3)}
+    quiet, trained = (
+      module.apply(params, slots, x, jnp.ones((2, 30)), train, rngs=rngs)[1] for train in (False, True)
+    )
+    found[noise] = bool((quiet.argmax(1) == trained.argmax(1)).all())
+  assert found == {0.0: True, 5.0: False}
 
 
 @pytest.mark.parametrize('executor', ['mask', 'compact'])

@@ -6,7 +6,8 @@
 
 The module replaces block `layer`; combination tokens are carried from the embeddings on and read and are read by all
 tokens in the blocks before. Reconstructed here, as the paper leaves it open: combination tokens join after the embedding
-LayerNorm; padding is assigned to nothing; an empty slot keeps its state; `spread`, `scale`, `identity` and `noise` (see the fields).
+LayerNorm; padding is assigned to nothing; an empty slot keeps its state; `spread`, `scale`, `identity` and `noise` (see
+the fields).
 """
 
 import flax.linen as nn
