@@ -132,7 +132,7 @@ class Classifier(nn.Module):
     encoder = Encoder(self.config, self.reducer, self.executor, self.readout == 'cls', name='encoder')
     controls = dict(batch.get('controls', {}))
     inputs = Inputs(
-      batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config, self.readout
+      batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config, self.readout == 'cls'
     )
     tokens, memory, trace = encoder(inputs, train)
     logits = Head(self.config, self.labels, self.head, name='head')(read_out(tokens, self.readout), train)

@@ -27,7 +27,8 @@ class Inputs(NamedTuple):
   """What a method may know of the raw input: ids [b n], mask [b n] bool, types [b n], controls {name: [b]}.
 
   controls: what may change from request to request without compiling again. labels: the number of classes c.
-  encoder: its `EncoderConfig`. readout: what the model's head reads, 'mean' or 'cls'.
+  encoder: its `EncoderConfig`. reads_first: whether the model's head
+  reads [CLS] alone.
   """
 
   ids: Array
@@ -36,7 +37,7 @@ class Inputs(NamedTuple):
   controls: dict[str, Array]
   labels: int = 0
   encoder: Any = None
-  readout: str = 'mean'
+  reads_first: bool = False
 
   @property
   def depth(self) -> int:

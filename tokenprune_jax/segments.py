@@ -110,7 +110,7 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
       given['controls'],
       model.labels,
       model.config,
-      model.readout,
+      model.readout == 'cls',
     )
     tokens, memory = call('begin', inputs, False, length)
   else:

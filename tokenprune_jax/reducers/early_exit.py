@@ -230,7 +230,7 @@ class Method(Reducer):
       'logits': jnp.zeros((b, len(self.layers), inputs.labels)),
       'exits_run': jnp.zeros(b, jnp.int32),
       'exit_streak': jnp.zeros(b, jnp.int32),
-      'exit_reads_first': jnp.full(b, inputs.readout == 'cls'),
+      'exit_reads_first': jnp.full(b, inputs.reads_first),
     }
     if self.temperatures:
       memory['exit_temperatures'] = jnp.broadcast_to(jnp.asarray(self.temperatures), (b, len(self.layers)))
