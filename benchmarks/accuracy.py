@@ -34,9 +34,14 @@ MEASURED = (
 )  # fmt: skip
 
 
+def dataset_of(row: Row) -> Dataset:
+  """What all runs on the row's dataset share; nothing but the model where the row names its own config."""
+  return DATASETS.get(row.dataset, Dataset(row.config, MODEL))
+
+
 def arguments(row: Row, runs: str) -> list[str]:
   """The arguments of main.py that make this row."""
-  dataset = DATASETS.get(row.dataset, Dataset(row.config, MODEL))
+  dataset = dataset_of(row)
   # Time does not depend on the seed: one seed is enough.
   overrides = (
     *dataset.overrides,
@@ -57,8 +62,8 @@ def empty(row: Row, runs: str) -> dict[str, Any]:
   """A row that has not run: every key there is, null where nothing is measured."""
   return {
     'dataset': row.dataset,
-    'model': DATASETS[row.dataset].model if row.dataset in DATASETS else MODEL,
-    'method': METHODS[row.name][0] if row.name in METHODS else row.name,
+    'model': dataset_of(row).model,
+    'method': METHODS.get(row.name, (row.name,))[0],
     'variant': row.variant,
     'name': row.name,
     'seed': row.seed,

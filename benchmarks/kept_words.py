@@ -7,7 +7,6 @@ Reads the runs of benchmarks/text_pruning.py (seed 0) that are finished. The tex
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -17,23 +16,27 @@ sys.path.insert(
 
 from benchmarks import accuracy
 from benchmarks.studies import Row
-from benchmarks.text_runs import CORPORA, METHODS
+from benchmarks.text_runs import CORPORA, METHODS, dense_row
 from tokenprune_jax import layer_picture, predict
-from tokenprune_jax.data import files
+from tokenprune_jax.calibrate import Calibration
 
 DRAWN = ('topk', 'ltp', 'power', 'sttabt')
 SHORT, LONG = 20, 30  # words
 
 
-def chosen(dense: predict.Predictor, folder: pathlib.Path, example: int) -> str:
+def chosen(dense: Calibration, example: int) -> str:
   """The text to draw."""
-  data = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['data']
-  rows = list(files.read(data['test'], files.Columns(data['text'], data['text_pair'], data['label'])))
+  test, labels, reader = (
+    dense.splits['test'],
+    dense.exported.labels,
+    predict.Predictor(dense.exported, 'mask'),
+  )
   if example >= 0:
-    return rows[example].text
-  for row in rows:
-    if SHORT <= len(row.text.split()) <= LONG and dense.read(row.text).label == row.label:
-      return row.text
+    return test.texts(example)
+  for i, label in enumerate(test.label):
+    text = test.texts(i)
+    if SHORT <= len(text.split()) <= LONG and reader.read(text).label == labels[label]:
+      return text
   raise SystemExit(
     f'error: no test text of {SHORT} to {LONG} words that dense gets right; name one with --example'
   )
@@ -42,9 +45,9 @@ def chosen(dense: predict.Predictor, folder: pathlib.Path, example: int) -> str:
 def main() -> None:
   """Draws every method that has a finished run."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--dataset', default='sst2', choices=[name for name in CORPORA if name != 'bbc'])
+  parser.add_argument('--dataset', default='sst2', choices=tuple(CORPORA))
   parser.add_argument('--runs', default='runs', help='folder of the workdirs')
-  parser.add_argument('--example', type=int, default=-1, help='row of the test file, from 0')
+  parser.add_argument('--example', type=int, default=-1, help='number in the test split, from 0')
   parser.add_argument('--out', default='docs/methods', help='folder of the pictures')
   options = parser.parse_args()
 
@@ -56,7 +59,7 @@ def main() -> None:
     raise SystemExit(
       f'error: {options.runs} holds no finished run of {", ".join(DRAWN)} on {options.dataset}'
     )
-  text = chosen(predict.load(folder('dense')), folder('dense'), options.example)
+  text = chosen(Calibration(folder(dense_row(options.dataset, 0).name)), options.example)
   readings = {}
   for name in finished:
     readings[METHODS[name].title] = predict.load(folder(name)).read(text)

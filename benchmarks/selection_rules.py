@@ -9,10 +9,8 @@ stop; makes the dense runs it needs.
 """
 
 import argparse
-import json
 import pathlib
 import sys
-import time
 from typing import Any
 
 sys.path.insert(
@@ -30,7 +28,6 @@ RULES = {
   'random': 'random',
 }  # fmt: skip
 COLOURS = dict(zip(RULES, ('#4477aa', '#228833', '#66ccee', '#ee6677', '#aa3377', '#b8860b', '#9aa0aa')))
-SCORES = ('accuracy', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'loss')
 KEEP = (0.7, 0.5, 0.3, 0.9, 0.8, 0.6, 0.4)  # nominal, in the order in which they are worth having
 TITLES = {'bbc': 'BBC News', 'imdb': 'IMDB'}
 TEST_LIMIT = 1000  # documents of a dataset's test split
@@ -81,44 +78,17 @@ class Dense:
   """The dense checkpoint of a dataset and its test split, read once."""
 
   def __init__(self, dataset: str, runs: str):
-    import jax  # not above: --help needs no JAX
+    from benchmarks.trained import Trained  # not above: --help needs no JAX
 
-    from tokenprune_jax import data, pretrained
-
-    folder = pathlib.Path(accuracy.workdir_of(Row(dataset, 'dense', 'dense', 0), runs))
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    self.exported = pretrained.load_exported(folder / 'model')
-    self.params = jax.device_put(self.exported.params)
-    length, tokenizer = self.exported.max_length, self.exported.tokenizer
+    folder = accuracy.workdir_of(Row(dataset, 'dense', 'dense', 0), runs)
     # Fewer documents make another sample of the same test split, which no run has trained on.
-    spec = {**config['data'], 'test_limit': TEST_LIMIT}
-    loaded = data.load(spec, tokenizer, length, data.cache_dir(), seed=config['seed'])
-    self.split = loaded.splits['test']
-    self.buckets = (*(slots for slots in config['data']['buckets'] if slots < length), length)
+    self.trained = Trained(folder, test_limit=TEST_LIMIT)
 
   def evaluate(self, rule: str, keep: float) -> dict[str, Any]:
     """The measured part of a row."""
-    from tokenprune_jax import evaluate, models, tasks
-
-    e, start = self.exported, time.monotonic()
-    ratio = schedule_ratio(keep, e.config.depth)
-    reducer = models.make_reducer(
-      {'name': 'none'} if rule == 'dense' else {'name': 'fuzzy', 'rule': rule, 'ratio': ratio}
-    )
-    model = models.Classifier(e.config, reducer, len(e.labels), e.readout, e.head).check()
-    task, pad_id = tasks.make('classify'), e.config.pad_id
-    found, records = evaluate.evaluate(
-      model, self.params, self.split, task, batch_size=32, buckets=self.buckets, pad_id=pad_id
-    )
-    return {
-      **{key: found[key] for key in accuracy.KEPT},
-      **report.correctness(records),
-      'metrics': {score: found[score] for score in SCORES},
-      'ratio': ratio,
-      'seconds': round(time.monotonic() - start, 1),
-      'commit': report.commit(),
-      'reason': None,
-    }
+    ratio = schedule_ratio(keep, self.trained.exported.config.depth)
+    spec = {'name': 'none'} if rule == 'dense' else {'name': 'fuzzy', 'rule': rule, 'ratio': ratio}
+    return {**self.trained.evaluate(spec), 'ratio': ratio}
 
 
 def table(document: dict[str, Any], dataset: str) -> str:

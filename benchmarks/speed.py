@@ -3,12 +3,11 @@
     python benchmarks/speed.py [--model=base|minilm] [--methods=…] [--batch=1,8,32] [--length=128,512] [--dtype=float32]
                                [--executor=…] [--budget=0.5] [--repeats=5] [--out=results/speed.json]
 
-Writes results/speed.json and .md. Methods that take a budget are set to
-`--budget` of dense's multiply-adds. `dense` is the faster of the plain
-program and the one that works on groups of rows that stay in the cache; a method is compared with it. Methods whose
-counts depend on the data run under `serve`, everything on the host included, on random weights whose threshold is found by
-bisection: for real documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where
-it is not installed its columns are null.
+Writes results/speed.json and .md. Methods that take a budget are set to `--budget` of dense's multiply-adds. `dense` is the
+faster of the plain program and the one that works on groups of rows that stay in the cache; a method is compared with it.
+Methods whose counts depend on the data run under `serve`, everything on the host included, on random weights: for real
+documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where it is not installed its
+columns are null.
 """
 
 import argparse

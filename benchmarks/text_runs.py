@@ -196,6 +196,9 @@ def write_corpora(options: argparse.Namespace) -> None:
     raise UserError(
       f'{missing[0]} holds no train.jsonl.gz; put the datasets there, or name their folder with --data'
     )
+  names = ('pooled', 'ag_news_short')
+  if all((runs / f'{name}.jsonl').exists() for name in names):
+    return
   from tokenprune_jax.data import datasets
 
   ag_news = texts(data / 'ag_news' / 'train.jsonl.gz')
@@ -208,7 +211,5 @@ def write_corpora(options: argparse.Namespace) -> None:
   pooled += [{'text': row['text'], 'label': 'ag_news'} for row in ag_news]
   pooled += [{'text': text, 'label': 'bbc'} for text in bbc[::2]]
   runs.mkdir(parents=True, exist_ok=True)
-  for name, lines in (('pooled', pooled), ('ag_news_short', ag_news[: len(ag_news) // 2])):
-    path = runs / f'{name}.jsonl'
-    if not path.exists():
-      workdir.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+  for name, lines in zip(names, (pooled, ag_news[: len(ag_news) // 2])):
+    workdir.write_text(runs / f'{name}.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))

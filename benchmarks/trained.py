@@ -4,12 +4,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks import report
+from benchmarks import accuracy, report
 from tokenprune_jax import evaluate, tasks
 from tokenprune_jax.calibrate import BATCH, Calibration
 
 SCORES = ('accuracy', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'loss')
-KEPT = ('keep_ratio', 'keep_ratio_by_layer', 'mac_ratio', 'macs_per_example', 'dense_macs_per_example')
 
 
 class Trained(Calibration):
@@ -23,7 +22,7 @@ class Trained(Calibration):
       batch_size=BATCH, buckets=self.buckets, pad_id=self.exported.config.pad_id,
     )  # fmt: skip
     return {
-      **{key: found[key] for key in KEPT},
+      **{key: found[key] for key in accuracy.KEPT},
       **report.correctness(records),
       'metrics': {score: found[score] for score in SCORES},
       'seconds': round(time.monotonic() - start, 1),

@@ -3,8 +3,8 @@
     python main.py --config=configs/imdb_power.py --workdir=runs/imdb_power --config.reducer.penalty=1e-4
 
 `penalty` says how hard the search presses, `target_macs` what the counts it finds are scaled to; retentions learn at 30
-times the model's rate. Variant and weights after a colon:
-`:searched` (default; there is no other), and `:searched,mpnet-base`.
+times the model's rate. Variant and weights after a colon: `:searched` (default; there is no other), and
+`:searched,mpnet-base`.
 """
 
 import ml_collections

@@ -4,8 +4,8 @@
 
 Variants and weights after a colon: `:half` (default, about half of dense's multiply-adds), `:third`, `:cascade` (SpAtten's
 schedule and score), `:spatten` (that with its cascade of heads, which are masked and counted, not removed), `:manual` (the
-schedule that STTABT is compared with), and `:half,mpnet-base`. `reducer.score` is one of
-received, cls, cumulative and random. Counts are fixed, so tokens leave in training too (executor compact).
+schedule that STTABT is compared with), and `:half,mpnet-base`. `reducer.score` is one of received, cls, cumulative and
+random. Counts are fixed, so tokens leave in training too (executor compact).
 """
 
 import ml_collections

@@ -20,6 +20,7 @@ default = stages.default_objective(tasks.make('classify'))
     ({'name': 'ltp', 'mode': 'soft'}, default),
     ({'name': 'ltp', 'mode': 'soft', 'target_macs': 0.5, 'weight': 5.0}, default),
     ({'name': 'sttabt', 'mode': 'distil'}, sttabt.distil),
+    ({'name': 'sttabt', 'mode': 'distil', 'padding': True}, sttabt.distil),
     ({'name': 'sttabt', 'mode': 'soft', 'theta': -0.5}, default),
     ({'name': 'power', 'mode': 'search', 'slots': 20}, default),
   ],

@@ -27,8 +27,7 @@ class Inputs(NamedTuple):
   """What a method may know of the raw input: ids [b n], mask [b n] bool, types [b n], controls {name: [b]}.
 
   controls: what may change from request to request without compiling again. labels: the number of classes c.
-  encoder: its `EncoderConfig`. reads_first: whether the model's head
-  reads [CLS] alone.
+  encoder: its `EncoderConfig`. reads_first: whether the model's head reads [CLS] alone.
   """
 
   ids: Array

@@ -30,7 +30,7 @@ from scipy.optimize import minimize_scalar
 
 from tokenprune_jax import budget, exit_heads
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
+from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer, read_out
 from tokenprune_jax.tasks import classification_loss, divergence, weighted_mean
 from tokenprune_jax.tokens import Tokens, empty_rows, live
 
@@ -250,9 +250,8 @@ class Method(Reducer):
       return head(memory['exit_pooled'][:, :layer], labels)
     if self.head == 'pooled':
       return head(x[:, 0], labels)
-    weight = tokens.updated[..., None]
-    mean = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-6)
-    return head(jnp.where(memory['exit_reads_first'][:, None], x[:, 0], mean), labels)
+    first, mean = (read_out(tokens, how) for how in ('cls', 'mean'))
+    return head(jnp.where(memory['exit_reads_first'][:, None], first, mean), labels)
 
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
     if not self.layers or layer > max(self.layers):
