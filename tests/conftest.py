@@ -4,6 +4,7 @@ JAX reads its settings from the environment when it is first imported, so they a
 is. The processes that tests start inherit them.
 """
 
+import gc
 import ipaddress
 import os
 import socket
@@ -12,8 +13,12 @@ import pytest
 
 PEERS = ('torch', 'weights')  # markers of tests that skip where the peer or the samples are missing
 
+# A third of the time that fused loops take with the default emitters.
+QUICK_TO_COMPILE = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+
 
 def pytest_configure(config):
+  gc.set_threshold(100_000, 20, 20)  # traced programs are many objects that stay: collecting took an eighth
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   if config.pluginmanager.has_plugin('cacheprovider'):
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(config.cache.mkdir('jax')))
@@ -21,7 +26,8 @@ def pytest_configure(config):
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')  # most programs are small
   # Most of the suite's time is XLA compiling small programs once: quick to compile beats quick to run. CI's parity
   # tests on real weights, and every real run, have it at full optimisation.
-  os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+  if os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1') == '1':
+    os.environ.setdefault('XLA_FLAGS', QUICK_TO_COMPILE)
   os.environ['HF_HUB_OFFLINE'] = '1'
 
 

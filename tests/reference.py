@@ -55,9 +55,17 @@ def model_of(spec, config=TINY_CONFIG, **kwargs):
 def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
   """A model and parameters far from their initial values, so that no two tokens look alike."""
   model = model_of(spec, config, **kwargs)
+  return model, drawn_params(model.clone(executor='mask'), seed)
+
+
+@functools.lru_cache(maxsize=64)
+def drawn_params(model, seed):
+  """Parameters of a model, one object for all tests that ask for the same."""
   rng = np.random.default_rng(seed + 1)
   shapes = jax.eval_shape(model.init_params, jax.random.key(seed))
-  start = {'reducer': own_params(model, seed)} if 'reducer' in shapes else {}
+  start = {}
+  if 'reducer' in shapes:  # those of the encoder are not drawn: compiling that takes longer than most tests
+    start['reducer'] = jax.jit(lambda key: model.init_params(key)['reducer'])(jax.random.key(seed))
 
   def value(path, shape):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -65,13 +73,7 @@ def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
     base = own if name.startswith('reducer/') else float(name.endswith('scale'))
     return jnp.asarray(base + 0.1 * rng.standard_normal(shape.shape), jnp.float32)
 
-  return model, jax.tree_util.tree_map_with_path(value, shapes)
-
-
-@functools.lru_cache(maxsize=64)
-def own_params(model, seed):
-  """The method's initial parameters. Those of the encoder are not drawn: compiling that takes longer than most tests."""
-  return jax.jit(lambda key: model.init_params(key)['reducer'])(jax.random.key(seed))
+  return jax.tree_util.tree_map_with_path(value, shapes)
 
 
 def settings(name, which):

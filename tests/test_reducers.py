@@ -76,14 +76,15 @@ def test_the_state_of_a_token_that_is_gone_changes_nothing_bit_for_bit(name):
     encoder=model.config,
   )
 
+  @jax.jit
   def states(noise):
-    rng = np.random.default_rng(0)
+    key = jax.random.key(0)
     tokens, memory = encoder.apply(variables, inputs, method='begin')
     for half in encoder.halves():
       tokens, memory, _, _ = encoder.apply(variables, tokens, memory, None, half, method='advance')
-      gone = ~np.asarray(live(tokens))[..., None]
-      tokens = tokens.replace(x=jnp.where(gone, noise * rng.standard_normal(tokens.x.shape), tokens.x))
-    return np.where(gone, 0, tokens.x), memory
+      gone = ~live(tokens)[..., None]
+      tokens = tokens.replace(x=jnp.where(gone, noise * jax.random.normal(key, tokens.x.shape), tokens.x))
+    return jnp.where(gone, 0, tokens.x), memory
 
   (plain, memory), (noisy, other) = states(0.0), states(100.0)
   np.testing.assert_array_equal(plain, noisy)
