@@ -95,15 +95,17 @@ def random_requests(served: timing.Served, count: int) -> dict[str, Any]:
   }
 
 
-def dense_batches(rows: Sequence[np.ndarray], ladder: serve.Ladder, pad: int) -> dict[str, list[dict]]:
-  """{padded, bucketed}: the documents in batches."""
+def dense_batches(
+  rows: Sequence[np.ndarray], ladder: serve.Ladder, pad: int, size: int = BATCH
+) -> dict[str, list[dict]]:
+  """{padded, bucketed}: the documents in batches of at most `size`."""
   longest = ladder.slots(max(map(len, rows)))
-  padded = [batch_of(rows[i : i + BATCH], longest, BATCH, pad) for i in range(0, len(rows), BATCH)]
+  padded = [batch_of(rows[i : i + size], longest, size, pad) for i in range(0, len(rows), size)]
   bucketed = []
   for slots in ladder.lengths:
     members = [row for row in rows if ladder.slots(len(row)) == slots]
     while members:  # the last batch of a bucket is as small as it can be
-      count = min(BATCH, 1 << (len(members).bit_length() - 1))
+      count = min(size, 1 << (len(members).bit_length() - 1))
       bucketed.append(batch_of(members[:count], slots, count, pad))
       members = members[count:]
   return {'padded': padded, 'bucketed': bucketed}

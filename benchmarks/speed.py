@@ -92,17 +92,22 @@ def settled(
 
   budget 0: `spec` as it is.
   """
-  weighted = [{**batch, 'weight': batch['mask'].any(-1).astype(np.float32)} for batch in batches]
 
   def validation(spec):
-    forward = jax.jit(stages.forward(made(spec, config)))
-    return stages.Validation(
-      lambda batch: forward(params, batch), lambda: weighted, lambda: params.get('reducer', {}), config
-    )
+    return validation_of(made(spec, config), params, batches)
 
   if budget and hasattr(stages.module(spec['name']), 'at_budget'):
     spec = stages.at_budget(spec, budget, validation(spec))
   return spec, validation(spec).mac_ratio({})
+
+
+def validation_of(model: Classifier, params: Any, batches: Sequence[dict]) -> stages.Validation:
+  """What a model, by the executor `mask`, does on ready-made batches."""
+  weighted = [{**batch, 'weight': batch['mask'].any(-1).astype(np.float32)} for batch in batches]
+  forward = jax.jit(stages.forward(model))
+  return stages.Validation(
+    lambda batch: forward(params, batch), lambda: weighted, lambda: params.get('reducer', {}), model.config
+  )
 
 
 def with_config(model: Classifier, **changes: Any) -> Classifier:

@@ -1,13 +1,13 @@
 """Tables and plots of the studies of methods on texts, from their result files alone."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks import report
-from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, UNTRAINED, Plan, dense_row
+from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, PAPERS, UNTRAINED, Plan, dense_row
 from tokenprune_jax import metrics
 
 NOT_RUN = 'Not run yet.\n'
@@ -40,28 +40,36 @@ def best_on_validation(document: Mapping[str, Any], plan: Plan, dataset: str) ->
 
 
 def line_of(points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Seeds, accuracy, difference to dense, verdict, keep ratio and MACs of some points."""
+  """Seeds, accuracy, difference to dense, verdict, keep ratio, MACs and speed of some points."""
   gain: metrics.Difference | None = report.difference(points, dense) if points is not dense else None
   accuracies = report.mean_std([row['metrics']['accuracy'] for row in points])
   return [
     str(len(points)), report.percent(accuracies), report.points(gain and gain._asdict()),
     ('yes' if gain.no_worse else 'no') if gain else '–',
     *(report.number(report.mean([row[column] for row in points])) for column in ('keep_ratio', 'mac_ratio')),
+    report.number(speed_of(points)),
   ]  # fmt: skip
+
+
+def speed_of(points: Sequence[Mapping[str, Any]]) -> float | None:
+  """Throughput, times that of dense; None where no time was taken."""
+  return report.mean([row['time']['time_ratio'] for row in points if row.get('time')])
 
 
 def trained_table(document: Mapping[str, Any], plan: Plan, dataset: str) -> str:
   """Every method as trained, then at the budgets that it was set to."""
-  head = ['', 'budget', 'seeds', 'accuracy', 'accuracy − dense [95%]', 'no worse', 'keys kept', 'MACs']
+  head = ['', 'budget', 'seeds', 'accuracy', 'accuracy − dense [95%]', 'no worse', 'keys kept', 'MACs', 'times dense',
+          'the paper']  # fmt: skip
   dense = dense_points(document, dataset)
   lines, chosen = [head], best_on_validation(document, plan, dataset)
-  lines += [['dense', '–', *line_of(dense, dense)]] if dense else []
+  lines += [['dense', '–', *line_of(dense, dense), '']] if dense else []
   for name, method in METHODS.items():
     for budget in (None, *sorted(plan.budgets, reverse=True)):
       points = of(document, dataset, name, 'trained' if budget is None else 'set', budget)
       if points:
         title = method.title + (' *chosen on validation*' if name == chosen and budget is None else '')
-        lines.append([title, 'as trained' if budget is None else f'{budget}', *line_of(points, dense)])
+        paper = PAPERS.get((dataset, name), '') if budget is None else ''
+        lines.append([title, 'as trained' if budget is None else f'{budget}', *line_of(points, dense), paper])
   return report.table(lines)
 
 
@@ -122,12 +130,16 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
   """results/NAME.md."""
   parts = [
     f'# {plan.title}\n\nMiniLM-L6 (6 x 384), [CLS] read-out; every method starts from the same dense fine-tunes. '
-    'Accuracy on the test split, in percent; MACs and keys kept count real tokens.\n'
+    'Accuracy on the test split, in percent; MACs and keys kept count real tokens. *times dense*: throughput of seed 0 on '
+    'the clock, beside the fastest dense. *the paper*: its accuracy (and dense beside it) at its share of the cost, of a '
+    'model twice as deep and twice as wide.\n'
   ]
   for dataset in plan.seeds:
     title = CORPORA[dataset].title
     table = trained_table(document, plan, dataset)
     parts += [f'## {title}\n\n{table}', f'![{title}]({name}_{dataset}.png)\n']
+    if any(row.get('time') for row in document['rows'] if row['dataset'] == dataset):
+      parts.append(f'![{title}, on the clock]({name}_{dataset}_time.png)\n')
   parts += [extra_page(document)] if plan.extras else []
   return '\n'.join([*parts, not_measured(document), report.origin(document)])
 
@@ -150,19 +162,40 @@ def extra_page(document: Mapping[str, Any]) -> str:
   return '\n'.join(parts)
 
 
-def plot(path: pathlib.Path, document: Mapping[str, Any], plan: Plan, dataset: str) -> None:
-  """Accuracy against MACs: a line a method; bars are the 95% interval of the difference to dense."""
-  drawing, axes = report.figure()
+def plots(path: pathlib.Path, document: Mapping[str, Any], plan: Plan, dataset: str) -> None:
+  """Accuracy against MACs into `path`, and against time beside it where times were taken."""
   dense = dense_points(document, dataset)
   if not dense:
     return
+  title = f'{CORPORA[dataset].title}: accuracy and cost'
+  plot(path, document, plan, dataset, macs_of, title, 'Multiply-adds, share of dense')
+  if any(row.get('time') for row in document['rows'] if row['dataset'] == dataset):
+    path = path.with_name(f'{path.stem}_time.png')
+    title = f'{CORPORA[dataset].title}: accuracy and throughput'
+    plot(path, document, plan, dataset, speed_of, title, 'Texts a second, times dense')
+
+
+def plot(
+  path: pathlib.Path,
+  document: Mapping[str, Any],
+  plan: Plan,
+  dataset: str,
+  cost: Callable[[Sequence[Mapping[str, Any]]], float | None],
+  title: str,
+  label: str,
+) -> None:
+  """Accuracy against a cost: a line a method; bars are the 95% interval of the difference to dense."""
+  drawing, axes = report.figure()
+  dense = dense_points(document, dataset)
   level = 100 * np.mean([row['metrics']['accuracy'] for row in dense])
   for place, (name, method) in enumerate(METHODS.items()):
     found = [
       of(document, dataset, name, 'trained', None),
       *(of(document, dataset, name, 'set', b) for b in plan.budgets),
     ]
-    spots = sorted(spot(points, dense) for points in found if points)
+    spots = sorted(
+      (x, *gain_of(points, dense)) for points in found if points and (x := cost(points)) is not None
+    )
     if spots:
       x, mean, low, high = (np.array(column) for column in zip(*spots))
       marker = report.MARKERS[place % len(report.MARKERS)]
@@ -170,20 +203,19 @@ def plot(path: pathlib.Path, document: Mapping[str, Any], plan: Plan, dataset: s
                     elinewidth=0.9, capsize=2, markersize=5, linewidth=1.4, label=method.title)  # fmt: skip
   report.level(axes, level)
   report.legend(axes)
-  title = f'{CORPORA[dataset].title}: accuracy and cost'
-  report.titled(axes, title, 'Multiply-adds, share of dense', 'Test accuracy in %')
+  report.titled(axes, title, label, 'Test accuracy in %')
   drawing.savefig(path)
 
 
-def spot(
+def macs_of(points: Sequence[Mapping[str, Any]]) -> float | None:
+  """Multiply-adds as a share of dense's, mean over seeds."""
+  return report.mean([row['mac_ratio'] for row in points])
+
+
+def gain_of(
   points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]
-) -> tuple[float, float, float, float]:
-  """(MACs, difference to dense in points, its interval)."""
+) -> tuple[float, float, float]:
+  """(difference to dense in points, its interval)."""
   gain = report.difference(points, dense)
   assert gain is not None  # dense runs come before all others of their seed
-  return (
-    float(np.mean([row['mac_ratio'] for row in points])),
-    100 * gain.mean,
-    100 * gain.low,
-    100 * gain.high,
-  )
+  return 100 * gain.mean, 100 * gain.low, 100 * gain.high

@@ -212,7 +212,7 @@ class Study:
     name = self.options.study
     workdir.write_text(self.path.with_suffix('.md'), text_page.page(self.document, self.plan, name))
     for dataset in self.plan.seeds:
-      text_page.plot(self.path.with_name(f'{name}_{dataset}.png'), self.document, self.plan, dataset)
+      text_page.plots(self.path.with_name(f'{name}_{dataset}.png'), self.document, self.plan, dataset)
 
   def missing(self, row: Row) -> list[int]:
     """Places of a run's points that are not measured."""

@@ -12,9 +12,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
-from benchmarks import accuracy, report, text_page, text_pruning, text_runs  # noqa: E402
+from benchmarks import accuracy, measure, report, text_page, text_pruning, text_runs, text_times  # noqa: E402
+from tests.reference import TINY_CONFIG, model_and_params  # noqa: E402
 from tests.test_accuracy_queue import fake_result  # noqa: E402
-from tokenprune_jax import stages  # noqa: E402
+from tokenprune_jax import models, stages  # noqa: E402
 from tokenprune_jax.data import datasets  # noqa: E402
 from tokenprune_jax.errors import UserError  # noqa: E402
 
@@ -104,8 +105,8 @@ def study(monkeypatch, tmp_path):
 
 
 def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatch):
-  plot = text_page.plot
-  monkeypatch.setattr(text_page, 'plot', lambda *_: None)  # drawn once, below
+  plots = text_page.plots
+  monkeypatch.setattr(text_page, 'plots', lambda *_: None)  # drawn once, below
   study.failing.add('sst2/ltp-seed0')
   assert study('--rows=3') == ['sst2/dense-seed0', 'sst2/topk-seed0', 'sst2/ltp-seed0']
   found = json.loads((tmp_path / 'text_pruning.json').read_text())
@@ -130,12 +131,54 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
   )
   lines = [line for line in text.splitlines() if line.startswith('| LTP')]
   assert len(lines) == 2 * (1 + len(PLAN.budgets) - 1) + 1
-  plot(tmp_path / 'plot.png', document, PLAN, 'sst2')
+  plots(tmp_path / 'plot.png', document, PLAN, 'sst2')
   assert 10_000 < (tmp_path / 'plot.png').stat().st_size < 300_000
 
 
+class Small(Trained):
+  """A model that can be timed: top-k whatever the run, three texts."""
+
+  def __init__(self, folder):
+    super().__init__(folder)
+    self.exported.config = TINY_CONFIG
+    self.splits = {'test': Texts()}
+    self.made, self.params = model_and_params({'name': 'topk'})
+
+  def model(self, spec):
+    return self.made.clone(reducer=models.make_reducer({'name': spec['name']}))
+
+
+class Texts:
+  """A split of three texts."""
+
+  def __len__(self):
+    return 3
+
+  def ids(self, place):
+    return np.arange(5, 8 + place)
+
+
+def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch):
+  study('--rows=3')
+  monkeypatch.setattr(text_times, 'Trained', Small)
+  monkeypatch.setattr(measure, 'quiet', lambda _: 0.0)
+  given = ['text_times.py', '--datasets=sst2', '--budgets=0.4', '--repeats=1', f'--results={tmp_path}']
+  monkeypatch.setattr(sys, 'argv', [*given, f'--runs={tmp_path}/runs'])
+  text_times.main()
+  rows = json.loads((tmp_path / 'text_pruning.json').read_text())['rows']
+  times = {(row['name'], row['budget']): row['time'] for row in rows if row.get('time')}
+  assert set(times) == {('dense', None), ('topk', None), ('topk', 0.4), ('ltp', None), ('ltp', 0.4)}
+  assert all(time['documents'] == 3 and time['efficiency'] > 0 for time in times.values())
+  assert times['dense', None]['time_ratio'] == 1.0 and times['topk', None]['mac_ratio'] < 1
+  assert 'sst2_time.png' in (tmp_path / 'text_pruning.md').read_text()
+  assert (tmp_path / 'text_pruning_sst2_time.png').stat().st_size > 10_000
+  before = json.loads((tmp_path / 'text_pruning.json').read_text())
+  assert study('--rows=0') == []
+  assert json.loads((tmp_path / 'text_pruning.json').read_text())['rows'] == before['rows']
+
+
 def test_exits_are_a_study_of_their_own(study, tmp_path, monkeypatch):
-  monkeypatch.setattr(text_page, 'plot', lambda *_: None)
+  monkeypatch.setattr(text_page, 'plots', lambda *_: None)
   assert study('--study=exits', '--rows=2') == ['ag_news/dense-seed0', 'ag_news/ltp-seed0']
   text = (tmp_path / 'exits.md').read_text()
   assert '## Rotten Tomatoes' in text and 'Without training' not in text

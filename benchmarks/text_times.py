@@ -1,0 +1,144 @@
+"""What the models of a study of methods on texts take on the clock, beside the fastest dense.
+
+    python benchmarks/text_times.py [--study=text_pruning|exits] [--datasets=…] [--methods=…] [--budgets=0.4,0.55]
+                                    [--documents=256] [--repeats=5] [--runs=runs] [--results=results]
+
+Runs of seed 0, as trained and at some of the study's budgets, float32, on test texts at their real lengths: fixed counts by
+the executor `compact` on batches by length, the others by `serve`, everything on the host included. All of a dataset run in
+turns in one process; dense is the fastest of three ways to run it. The times go into the points of results/STUDY.json,
+and the table and plots are drawn again. Training nothing: what benchmarks/text_pruning.py has not run is left out.
+"""
+
+import argparse
+import pathlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
+
+import numpy as np
+
+from benchmarks import measure, report, serving, speed, text_pruning
+from benchmarks.text_runs import METHODS, PLANS, dense_row
+from benchmarks.trained import Trained
+from tokenprune_jax import serve, timing
+
+SIZE = 32  # rows of a batch
+
+
+def chosen(
+  study: text_pruning.Study, options: argparse.Namespace, dataset: str
+) -> list[tuple[dict[str, Any], Trained]]:
+  """The dense point, then those that are timed, each with its run."""
+  points = {text_pruning.key(point): point for point in study.document['rows']}
+  found = []
+  for row in study.runs:
+    methods = options.methods or METHODS
+    if row.dataset != dataset or row.seed or row.name not in (dense_row(dataset, 0).name, *methods):
+      continue
+    if row.name == 'dense_more':  # as fast as dense
+      continue
+    own = [points[text_pruning.key(point)] for point in text_pruning.points_of(row, study.plan)]
+    own = [p for p in own if p['metrics'] and (p['budget'] is None or p['budget'] in options.budgets)]
+    trained = Trained(study.folder(row)) if own else None
+    found += [(point, trained) for point in own if trained]
+  return found
+
+
+def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) -> None:
+  """Writes the times of a dataset into its points."""
+  waiting = chosen(study, options, dataset)
+  if not waiting or waiting[0][0]['name'] != dense_row(dataset, 0).name:
+    print(f'{dataset}: its dense run is not measured; nothing to time', flush=True)
+    return
+  dense = waiting[0][1]
+  test, pad = dense.splits['test'], dense.exported.config.pad_id
+  order = np.random.default_rng(0).permutation(len(test))[: options.documents]
+  rows = [test.ids(int(place)) for place in order]
+  ladder = serve.Ladder().settled(max(map(len, rows)))
+  batches = serving.dense_batches(rows, ladder, pad, SIZE)['bucketed']
+  programs: dict[str, timing.Forward | timing.Served] = {}
+  for way, slots in (('whole', 0), ('grouped', -1)):
+    model = speed.with_config(dense.model({'name': 'none'}), group_slots=slots)
+    programs[f'dense_{way}'] = timing.Forward(model, dense.params, batches)
+  programs['dense_served'] = timing.Served(dense.model({'name': 'none'}), dense.params, rows)
+  macs = {}
+  for point, trained in waiting[1:]:
+    name, spec = label(point), point['reducer']
+    model = trained.model(spec)
+    if METHODS[point['name']].executor == 'serve':
+      programs[name] = served = timing.Served(model, trained.params, rows)
+      macs[name] = served.macs
+    else:
+      programs[name] = timing.Forward(model.clone(executor='compact'), trained.params, batches)
+      macs[name] = speed.validation_of(model, trained.params, batches).mac_ratio({})
+    print(f'{dataset} {name}: compiled in {programs[name].compile_seconds:.0f} s', flush=True)
+  load = measure.quiet(options.allow_load)
+  times = timing.in_turns(programs, options.repeats)
+  best = min((name for name in times if name.startswith('dense')), key=lambda name: times[name]['seconds'])
+  for point, _ in waiting:
+    plain = point is waiting[0][0]
+    name = best if plain else label(point)
+    ratio = times[best]['seconds'] / times[name]['seconds']
+    share = 1.0 if plain else macs[name]
+    point['time'] = {
+      **times[name], 'documents': len(rows), 'dense': best, 'time_ratio': ratio, 'mac_ratio': share,
+      'efficiency': ratio * share, 'load_of_others': load, 'commit': report.commit(),
+      'command': shlex.join(['python', 'benchmarks/text_times.py', *sys.argv[1:]]),
+    }  # fmt: skip
+    print(told(dataset, name, point['time']), flush=True)
+  for program in programs.values():
+    if isinstance(program, timing.Served):
+      program.close()
+
+
+def label(point: Mapping[str, Any]) -> str:
+  """A point's name among those of its dataset."""
+  return point['name'] if point['budget'] is None else f'{point["name"]} at {point["budget"]}'
+
+
+def told(dataset: str, name: str, time: Mapping[str, Any]) -> str:
+  """One line about a time."""
+  return (
+    f'{dataset} {name:<22} {time["documents"] / time["seconds"]:8.1f} texts/s, {time["time_ratio"]:.2f} times dense at '
+    f'{time["mac_ratio"]:.2f} of its MACs: {time["efficiency"]:.2f}'
+  )
+
+
+def numbers(text: str) -> Sequence[float]:
+  """0.4,0.55 -> (0.4, 0.55)."""
+  return tuple(float(part) for part in text.split(',') if part)
+
+
+def main() -> None:
+  """Times of the models that there are."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--study', default='text_pruning', choices=sorted(PLANS))
+  parser.add_argument(
+    '--datasets', type=speed.words, default=[], help='of the study; all where none is named'
+  )
+  parser.add_argument('--methods', type=speed.words, default=[], help='all where none is named')
+  parser.add_argument('--budgets', type=numbers, default=(), help='beside the models as trained')
+  parser.add_argument('--documents', type=int, default=256)
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--runs', default='runs', help='folder of the workdirs')
+  parser.add_argument('--results', default='results', help='folder of the result files')
+  parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
+  options = parser.parse_args()
+  unknown = [name for name in options.methods if name not in METHODS]
+  unknown += [name for name in options.datasets if name not in PLANS[options.study].seeds]
+  if unknown:
+    parser.error(f'the study {options.study} has no {unknown[0]!r}')
+  options.data = ''
+  study = text_pruning.Study(options, f'python benchmarks/text_pruning.py --study={options.study}')
+  for dataset in options.datasets or study.plan.seeds:
+    timed(study, options, dataset)
+    study.save()
+
+
+if __name__ == '__main__':
+  main()
