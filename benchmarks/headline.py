@@ -12,7 +12,6 @@ stop; makes the runs it needs. `--no_timing` computes the accuracies only, which
 
 import argparse
 import importlib.util
-import json
 import pathlib
 import shlex
 import sys
@@ -23,15 +22,15 @@ sys.path.insert(
   0, str(pathlib.Path(__file__).resolve().parents[1])
 )  # so that this file can be run by its path
 
-import jax
 import numpy as np
 
 from benchmarks import accuracy, measure, report, serving, speed
 from benchmarks.selection_rules import TITLES
 from benchmarks.studies import DATASETS, Row
-from tokenprune_jax import data, evaluate, metrics, pretrained, serve, tasks, timing, workdir
-from tokenprune_jax.models import Classifier, make_reducer
+from benchmarks.trained import Trained
+from tokenprune_jax import ladder, metrics, timing, workdir
 
+LONGEST = 512  # tokens that the model reads
 ALLOWED_LOSS = 0.005  # on the validation split
 ENDS = ((1.0, 0.4), (0.95, 0.2), (0.95, 0.05), (0.8, 0.05), (0.65, 0.02), (0.5, 0.02))  # of top-k's shares
 COLOURS = {'dense': '#333840', 'topk': '#4477aa', 'combine': '#ee6677'}
@@ -61,53 +60,31 @@ def settings(dataset: str, depth: int = 6) -> Iterator[Setting]:
     )
 
 
-class Documents(NamedTuple):
-  """A dataset at its real lengths."""
+def trained(setting: Setting, runs: str) -> tuple[Trained, Any]:
+  """(the run of a setting, parameters), on texts that are not cut to what it was trained on.
 
-  splits: dict[str, Any]
-  buckets: tuple[int, ...]
-
-
-def model_of(setting: Setting, runs: str) -> tuple[Classifier, Any, Any]:
-  """(model, parameters, tokenizer) of a setting; trains its run, or goes on with it, where it is not finished."""
+  Trains the run, or goes on with it, where it is not finished.
+  """
   folder = pathlib.Path(accuracy.workdir_of(setting.row, runs))
   if not (folder / 'result.json').exists():
     made = accuracy.run(setting.row, runs)
     if not made['metrics']:
       raise SystemExit(f'error: {setting.row.name} on {setting.row.dataset}: {made["reason"]}')
-  e = pretrained.load_exported(folder / 'model')
-  params = e.params
-  if setting.method == 'combine' and e.reducer_spec['name'] == 'chain':  # without the pruning beside it
+  run = Trained(folder, max_length=LONGEST, buckets=ladder.LENGTHS)
+  params = run.params
+  if setting.method == 'combine' and run.exported.reducer_spec['name'] == 'chain':  # without the pruning
     params = {**params, 'reducer': params['reducer']['reducers_1']}
-  model = Classifier(
-    e.config, make_reducer(setting.spec), len(e.labels), e.readout, e.head, executor='compact'
-  )
-  return model.check(), jax.device_put(params), e.tokenizer
+  return run, params
 
 
-def documents(dataset: str, runs: str, tokenizer: Any, longest: int) -> Documents:
-  """The splits that the runs were validated and tested on, not cut to what they were trained on."""
-  folder = pathlib.Path(accuracy.workdir_of(Row(dataset, 'dense', 'dense', 0), runs))
-  config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-  spec = {**config['data'], 'max_length': longest}
-  loaded = data.load(spec, tokenizer, longest, data.cache_dir(), seed=config['seed'])
-  return Documents(loaded.splits, serve.Ladder().settled(longest).lengths)
-
-
-def scored(setting: Setting, model: Classifier, params: Any, given: Documents) -> dict[str, Any]:
+def scored(setting: Setting, run: Trained, params: Any) -> dict[str, Any]:
   """Accuracy on both splits, and which test documents were right."""
-  found = {}
-  for split in ('valid', 'test'):
-    result, records = evaluate.evaluate(
-      model, params, given.splits[split], tasks.make('classify'), batch_size=8, buckets=given.buckets,
-      pad_id=model.config.pad_id,
-    )  # fmt: skip
-    found[split] = result['accuracy']
+  valid, test = (run.evaluate(setting.spec, split, params) for split in ('valid', 'test'))
   return {
     'dataset': setting.row.dataset, 'method': setting.method, 'name': setting.name, 'reducer': setting.spec,
-    'run': accuracy.workdir_of(setting.row, 'runs'), 'valid': found['valid'], 'test': found['test'],
-    'mac_ratio': result['mac_ratio'], **report.correctness(records), 'commit': report.commit(),
-    'seed': setting.row.seed, 'seconds': None,
+    'run': accuracy.workdir_of(setting.row, 'runs'), 'valid': valid['metrics']['accuracy'],
+    'test': test['metrics']['accuracy'], 'seed': setting.row.seed, 'seconds': None,
+    **{key: test[key] for key in ('mac_ratio', 'examples', 'correct', 'split_digest', 'commit')},
   }  # fmt: skip
 
 
@@ -143,20 +120,20 @@ def torch_ways(rows: Sequence[np.ndarray], batches: Sequence[dict], shape: Any) 
 def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """The rows of a dataset with what they take on `--documents` test documents."""
   points = list(settings(dataset))
-  dense, params, tokenizer = model_of(points[0], options.runs)
-  given = documents(dataset, options.runs, tokenizer, dense.config.max_length)
-  test, pad = given.splits['test'], dense.config.pad_id
+  run, params = trained(points[0], options.runs)
+  dense, test = run.model(points[0].spec), run.splits['test']
   order = np.random.default_rng(0).permutation(len(test))[: options.documents]
   rows = [test.ids(int(i)) for i in order]
-  shapes = serving.dense_batches(rows, serve.Ladder().settled(dense.config.max_length), pad)
+  shapes = serving.dense_batches(rows, ladder.Ladder().settled(LONGEST), dense.config.pad_id)
   programs: dict[str, Any] = {}
   for shape, batches in shapes.items():
     for way, slots in (('whole', 0), ('grouped', -1)):
       model = speed.with_config(dense, group_slots=slots)
       programs[f'dense_{shape}_{way}'] = timing.Forward(model, params, batches)
-  programs['dense_served'] = timing.Served(dense.clone(executor='mask'), params, rows)
+  programs['dense_served'] = timing.Served(dense, params, rows)
   for point in points[1:]:
-    model, params, _ = model_of(point, options.runs)
+    run, params = trained(point, options.runs)
+    model = run.model(point.spec).clone(executor='compact')
     programs[point.name] = timing.Forward(model, params, shapes['bucketed'])
   programs |= torch_ways(rows, shapes['bucketed'], dense.config)
   load = measure.quiet(options.allow_load)
@@ -276,13 +253,11 @@ def main() -> None:
   known = {(row['dataset'], row['name']): row for row in report.read(path)['rows']}
   rows: list[dict[str, Any]] = []
   for dataset in options.datasets:
-    given, mine = None, []
+    mine = []
     for setting in settings(dataset):
       row = known.get((dataset, setting.name))
       if row is None:
-        model, params, tokenizer = model_of(setting, options.runs)
-        given = given or documents(dataset, options.runs, tokenizer, model.config.max_length)
-        row = scored(setting, model, params, given)
+        row = scored(setting, *trained(setting, options.runs))
         scores = f'valid {row["valid"]:.4f}, test {row["test"]:.4f}, MACs {row["mac_ratio"]:.2f}'
         print(f'{dataset} {setting.name}: {scores}', flush=True)
       mine.append(row)

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import headline, measure, packing, report, serving, speed
 from tokenprune_jax import ladder
+from tokenprune_jax.models import make_reducer
 
 SHAPES = ladder.Ladder(batch_tokens=512).settled(512)
 
@@ -99,7 +100,7 @@ def test_the_headline_is_chosen_on_validation_and_never_on_test():
 
 def test_settings_of_the_headline_fit_the_model():
   for setting in headline.settings('bbc'):
-    headline.make_reducer(setting.spec).check(6, 12)
+    make_reducer(setting.spec).check(6, 12)
   assert [setting.method for setting in headline.settings('bbc')].count('topk') == len(headline.ENDS)
 
 
