@@ -1,6 +1,5 @@
 """Runs one config: python main.py --config=configs/NAME.py[:variant] --workdir=DIR [--config.key=value …]"""
 
-import os
 import re
 import sys
 
@@ -48,13 +47,13 @@ def main(arguments):
   app.define_help_flags()
   try:
     config, workdir = parse(arguments)
-    from tokenprune_jax import data, settings  # only now: a mistyped flag should not take their seconds
+    from tokenprune_jax import settings  # only now: a mistyped flag should not take their seconds
 
     config = settings.check(config)
-    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(data.cache_dir() / 'xla'))  # before JAX is there
-    from tokenprune_jax import sharding, train
+    from tokenprune_jax import compile_cache, sharding, train
 
     sharding.initialize(config['parallel'])
+    compile_cache.turn_on()
     train.run(config, workdir)
   except (UserError, KeyboardInterrupt) as error:
     print(f'error: {str(error) or "interrupted, with nothing to save"}', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, so that the ladder of a server compiles once a machine."""
+"""JAX's persistent compilation cache, so that a run or the ladder of a server compiles once a machine."""
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
