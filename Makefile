@@ -9,7 +9,7 @@ help:
 	@echo 'make venv     the environment .venv: this package, what it needs and the test tools'
 	@echo 'make test     the tests (neither sample weights nor torch needed)'
 	@echo 'make demo     fine-tune dense and pruned on real documents, at most 10 minutes on 2 cores'
-	@echo 'make samples  the MiniLM-L6 weights and the sample datasets, 140 MB'
+	@echo 'make samples  the MiniLM-L6 weights and the sample datasets, 170 MB'
 	@echo 'make mpnet    the MPNet-base weights, 400 MB'
 	@echo 'make lint     ruff and mypy'
 

@@ -70,6 +70,7 @@ class Trace:
   """What each block computed, per example and layer [b L] float32; 0 in a replaced block. The ground of every count."""
 
   slots: Array  # [b] slots before the first block: real tokens and what the method added
+  tokens: Array  # [b] real tokens
   keys: Array  # keys of one head (mean over heads)
   widest: Array  # keys of the head that has most: what a capacity must hold
   key_rows: Array  # states projected to keys and values
@@ -303,6 +304,9 @@ class Encoder(nn.Module):
   reducer: Reducer
   executor: str = 'mask'  # or 'compact'; 'serve': keys and rows are gathered, the stream is the host's
   protect_first: bool = False  # the read-out needs slot 0 ([CLS])
+  restore: bool = (
+    False  # the read-out needs every token: states of those that leave go to memory['board'] [b N d]
+  )
 
   def setup(self):
     c, compact = self.config, self.executor != 'mask'
@@ -312,7 +316,8 @@ class Encoder(nn.Module):
   def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Tokens, Memory, Trace]:
     b, length = inputs.ids.shape
     tokens, memory = self.begin(inputs, train)
-    slots = inputs.mask.sum(-1, dtype=jnp.float32) + tokens.added
+    added = tokens.added
+    real = inputs.mask.sum(-1, dtype=jnp.float32)
     overflow, counts = jnp.zeros(b, bool), {}
     if self.executor == 'compact':
       tokens, overflow = stream.compress(tokens)
@@ -324,7 +329,8 @@ class Encoder(nn.Module):
     if self.is_initializing():  # a replaced block stays in the tree, so that one backbone fits every method
       for l in set(range(1, self.config.depth + 1)) - set(self.reducer.blocks(self.config.depth)):
         self.block[str(l)].feed_forward(self.block[str(l)].attend(tokens, None, (), False)[0], False)
-    return tokens, memory, trace(counts, memory, slots, overflow, self.config.depth, length)
+    about = {'slots': real + added, 'tokens': real, 'overflow': overflow}
+    return tokens, memory, trace(counts, memory, about, self.config.depth, length)
 
   def halves(self) -> tuple[Half, ...]:
     """What runs, in order."""
@@ -332,21 +338,26 @@ class Encoder(nn.Module):
 
   def begin(self, inputs: Inputs, train: bool = False, length: int = 0) -> tuple[Tokens, Memory]:
     """The stream before the first block. length: see `tokens.start`."""
-    embedded = self.embeddings(inputs, train)
-    return self.reducer.start(stream.start(embedded, inputs.mask, self.protect_first, length), inputs, train)
+    tokens = stream.start(self.embeddings(inputs, train), inputs.mask, self.protect_first, length)
+    b, n, d = tokens.x.shape
+    board = {'board': jnp.pad(tokens.x, ((0, 0), (0, tokens.length - n), (0, 0)))} if self.restore else {}
+    tokens, memory = self.reducer.start(tokens, inputs, train)
+    return tokens, {**memory, **board}
 
   def advance(self, tokens: Tokens, memory: Memory, bias, half: Half, train: bool = False):
     """One half of a block, the method's hook and, under `compact`, removal: (tokens, memory, bias, overflow [b])."""
     block, slots = self.block[str(half.layer)], tokens.x.shape[1]
     if half.attention:
-      tokens, evidence, overflow = block.attend(tokens, bias, self.reducer.reads(half.layer), train)
-      tokens, memory = self.reducer.after_attention(tokens, memory, evidence, half.layer)
+      computed, evidence, overflow = block.attend(tokens, bias, self.reducer.reads(half.layer), train)
+      tokens, memory = self.reducer.after_attention(computed, memory, evidence, half.layer)
     else:
-      tokens, overflow = block.feed_forward(tokens, train)
-      tokens, memory = self.reducer.after_block(tokens, memory, half.layer, train)
+      computed, overflow = block.feed_forward(tokens, train)
+      tokens, memory = self.reducer.after_block(computed, memory, half.layer, train)
     if self.executor == 'compact':
       tokens, lost = stream.compress(tokens)
       overflow |= lost
+    if self.restore and tokens.x.shape[1] != slots:  # before slots are lost
+      memory = {**memory, 'board': stream.restored(memory['board'], computed)}
     return tokens, memory, bias if tokens.x.shape[1] == slots else self.relative_bias(tokens), overflow
 
   def segment(self, tokens: Tokens, memory: Memory, halves: tuple[Half, ...]):
@@ -382,10 +393,10 @@ def overheads(memory: Memory) -> dict[str, Array]:
 
 
 def trace(
-  counts: dict[Half, dict[str, Array]], memory: Memory, slots: Array, overflow: Array, depth: int, length: int
+  counts: dict[Half, dict[str, Array]], memory: Memory, about: dict[str, Array], depth: int, length: int
 ) -> Trace:
-  """What each block computed, from the counts of its halves; 0 for a block that does not run."""
-  b = overflow.shape[0]
+  """What each block computed, from the counts of its halves; 0 for a block that does not run. about: fields [b]."""
+  b = about['overflow'].shape[0]
   nothing = {name: jnp.zeros(b) for name in ('keys', 'widest', 'key_rows', 'queries', 'rows', 'evidence')}
   nothing['kept'] = jnp.zeros((b, length))
   blocks = [
@@ -394,8 +405,7 @@ def trace(
   ]
   return Trace(
     **{name: jnp.stack([block[name] for block in blocks], axis=1) for name in nothing},
-    slots=slots,
+    **about,
     overhead=overheads(memory),
-    overflow=overflow,
     assignment=memory.get('assignment', jnp.full((b, length), -1, jnp.int32)),
   )

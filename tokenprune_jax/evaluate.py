@@ -60,7 +60,7 @@ def evaluate(
   `padding_share` of the slots; `overflow`, the number of examples that a capacity was too small for;
   `examples`. rerun: whether those that overflowed are computed again, by the executor `mask`.
   records: one dict an example in the split's order (index, label, prediction, probabilities,
-  length, keep_ratio, macs).
+  length, keep_ratio, macs); of a tagger one dict a sentence (`sentence_records`).
 
   batch_size: rows of a global batch. sharding: of a batch over the mesh's data axis; None on one device. With
   several processes all of them call this, and all get the same answer.
@@ -84,9 +84,11 @@ def evaluate(
     for number in [i for i, result in enumerate(results) if result['overflow'].any()]:
       fresh = jax.device_get(again(params, place(plan.batch(number), sharding)))
       results[number] = replaced(results[number], fresh)
-  rows = in_order(results)
+  rows = in_order([words_alone(result) if split.words else result for result in results])
   slots = sum(int(result['slots'].sum()) for result in results)
-  return summary(rows, model, task, slots), records(rows, executed(model))
+  if split.words is None:
+    return summary(rows, model, task, slots), records(rows, executed(model))
+  return summary(rows, model, task, slots, split.words), sentence_records(rows, executed(model), split.words)
 
 
 def replaced(result: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -111,23 +113,40 @@ def in_order(results: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarra
   return {name: values[order] for name, values in rows.items()}
 
 
+def words_alone(result: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A tagger's result, in which each row has an array of its own for the logits [k c] and labels [k] of its k words."""
+  labelled = result['label'] >= 0
+  rows = {name: np.empty(len(labelled), object) for name in ('logits', 'label')}
+  for name, values in rows.items():
+    for row, places in enumerate(labelled):
+      values[row] = result[name][row, places]
+  return {**result, **rows}
+
+
 def executed(model: Classifier) -> list[int]:
   """Places of the layers that run, in the trace's axis l."""
   return [l - 1 for l in range(1, model.config.depth + 1) if l not in model.unused_blocks()]
 
 
-def summary(rows: Mapping[str, np.ndarray], model: Classifier, task: Task, slots: int) -> dict[str, Any]:
+def summary(
+  rows: Mapping[str, np.ndarray],
+  model: Classifier,
+  task: Task,
+  slots: int,
+  words: data.Words | None = None,
+) -> dict[str, Any]:
   """The metrics of `evaluate` from per-example rows; slots: all that were computed, padding included."""
-  weight = np.ones(len(rows['label']), np.float32)
-  loss = task.loss(
-    jnp.asarray(rows['logits']), {'label': jnp.asarray(rows['label']), 'weight': jnp.asarray(weight)}
+  logits, label = (
+    rows[name] if words is None else np.concatenate(rows[name]) for name in ('logits', 'label')
   )
+  weight = np.ones(len(label), np.float32)
+  loss = task.loss(jnp.asarray(logits), {'label': jnp.asarray(label), 'weight': jnp.asarray(weight)})
   by_layer = np.average(rows['keep_ratio'].astype(np.float64), axis=0, weights=rows['length'])[
     executed(model)
   ]
   macs, dense = (float(rows[name].mean(dtype=np.float64)) for name in ('macs', 'dense_macs'))
   return {
-    **task.scores(rows['logits'], rows['label']),
+    **task.scores(logits, label, words),
     'loss': float(loss),
     'keep_ratio': float(by_layer.mean()),
     'keep_ratio_by_layer': by_layer.tolist(),
@@ -136,7 +155,8 @@ def summary(rows: Mapping[str, np.ndarray], model: Classifier, task: Task, slots
     'mac_ratio': macs / dense,
     'padding_share': 1 - int(rows['length'].sum()) / slots,
     'overflow': int(rows['overflow'].sum()),
-    'examples': len(rows['label']),
+    'examples': len(rows['index']),
+    **({} if words is None else {'sentences': len(words.sentences), 'words': len(label)}),
   }
 
 
@@ -155,3 +175,30 @@ def records(rows: Mapping[str, np.ndarray], layers: Sequence[int]) -> list[dict[
   }
   lists = [values.tolist() for values in columns.values()]
   return [dict(zip(columns, row)) for row in zip(*lists)]
+
+
+def sentence_records(
+  rows: Mapping[str, np.ndarray], layers: Sequence[int], words: data.Words
+) -> list[dict[str, Any]]:
+  """One dict a sentence: index, words, tags, predicted, and probabilities of the predicted tags, in the split's order.
+
+  Where inputs hold several sentences, or parts of one, their `length` and `macs` are shared out evenly over the words that
+  they answer, so that sums over sentences are those over inputs; keep_ratio is the mean over words.
+  """
+  logits = np.concatenate(rows['logits']).astype(np.float64)
+  odds = np.exp(logits - logits.max(-1, keepdims=True))
+  sure = np.round(odds.max(-1) / odds.sum(-1), 6)
+  share = 1 / np.bincount(words.example)[words.example]  # of each word in its input
+  kept = rows['keep_ratio'][:, layers].mean(-1, dtype=np.float64)
+  columns = {
+    'words': [sentence.words for sentence in words.sentences],
+    'tags': words.tags(np.concatenate(rows['label'])),
+    'predicted': words.tags(logits.argmax(-1)),
+    'probabilities': words.cut(sure.tolist()),
+    'length': [sum(values) for values in words.cut((rows['length'][words.example] * share).tolist())],
+    'keep_ratio': [float(np.mean(values)) for values in words.cut(kept[words.example].tolist())],
+    'macs': [sum(values) for values in words.cut((rows['macs'][words.example] * share).tolist())],
+  }
+  for name in ('length', 'keep_ratio', 'macs'):
+    columns[name] = np.round(columns[name], 6).tolist()
+  return [{'index': i, **dict(zip(columns, row))} for i, row in enumerate(zip(*columns.values()))]

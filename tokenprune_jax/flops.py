@@ -53,9 +53,10 @@ def block_macs(config: EncoderConfig, queries, keys, key_rows, rows):
   return sum(block_parts(config, queries, keys, key_rows, rows).values())
 
 
-def head_macs(config: EncoderConfig, labels: int, head: str) -> int:
-  """MACs of the classification head for one example."""
-  return config.width * labels + (config.width**2 if head == 'family' else 0)
+def head_macs(config: EncoderConfig, labels: int, head: str, tokens):
+  """MACs of the head for one example of `tokens` real tokens, an array or a number; head 'tokens': of each of them."""
+  own = config.width * labels + (config.width**2 if head == 'family' else 0)
+  return own * tokens if head == 'tokens' else own + 0 * tokens
 
 
 def fastbert_classifier_macs(config: EncoderConfig, labels: int, length: int, width: int = 128) -> int:
@@ -67,7 +68,7 @@ def trace_parts(config: EncoderConfig, labels: int, head: str, trace: Trace) -> 
   """MACs of each example by item: parts of the blocks, head, evidence, and the method's own."""
   blocks = block_parts(config, *(getattr(trace, name) for name in COUNTS))
   found = {name: macs.sum(-1) for name, macs in blocks.items()}
-  found['head'] = 0 * trace.slots + head_macs(config, labels, head)
+  found['head'] = head_macs(config, labels, head, trace.tokens)
   return {**found, 'evidence': trace.evidence.sum(-1), **trace.overhead}
 
 
@@ -79,7 +80,7 @@ def trace_macs(config: EncoderConfig, labels: int, head: str, trace: Trace) -> F
 def dense_macs(config: EncoderConfig, labels: int, head: str, lengths):
   """MACs of the plain encoder at each example's number of tokens; lengths: an array, or one number."""
   n = lengths * 1.0
-  return config.depth * block_macs(config, n, n, n, n) + head_macs(config, labels, head)
+  return config.depth * block_macs(config, n, n, n, n) + head_macs(config, labels, head, n)
 
 
 def by_convention(
@@ -95,7 +96,9 @@ def by_convention(
   parts = block_parts(config, *counts.values())
   total = parts['projections'] + parts['feed_forward'] + (parts['attention'] if how.attention else 0)
   own = (
-    trace.evidence.sum(-1) + sum(trace.overhead.values(), 0 * trace.slots) + head_macs(config, labels, head)
+    trace.evidence.sum(-1)
+    + sum(trace.overhead.values(), 0 * trace.slots)
+    + head_macs(config, labels, head, trace.tokens)
   )
   return how.factor * (total.sum(-1) + (own if how.own else 0))
 

@@ -21,7 +21,7 @@ from tokenprune_jax.reducer import Inputs, Reducer, read_out
 from tokenprune_jax.tasks import weighted_mean
 
 HEADS = ('linear', 'family')
-READOUTS = ('mean', 'cls')
+READOUTS = ('mean', 'cls', 'tokens')
 EXECUTORS = ('mask', 'compact')
 
 
@@ -69,8 +69,9 @@ def _value(method: str, key: str, value, default):
 
 @struct.dataclass
 class Output:
-  """logits [b c] float32; loss: what the method adds to the task's loss; trace: what was computed.
+  """logits [b c] float32, of a tagger [b N c] (0 at padding); loss: what the method adds to the task's loss.
 
+  trace: what was computed.
   macs, dense_macs [b]: multiply-adds of each example, also of the plain encoder. exits: logits [b e c] of the method's
   exits, where it has any.
   """
@@ -84,14 +85,14 @@ class Output:
 
 
 class Head(nn.Module):
-  """linear: one layer. family: the family's own classification head, with its hidden layer."""
+  """linear: one layer, which is also how every family tags tokens. family: its classifier of texts, with a hidden layer."""
 
   config: EncoderConfig
   labels: int
   kind: str
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'b d'], train: bool) -> Float[Array, 'b c']:
+  def __call__(self, x: Float[Array, 'b *N d'], train: bool) -> Float[Array, 'b *N c']:
     c, drop = self.config, nn.Dropout(self.config.dropout, deterministic=not train)
     if self.kind == 'family':
       # RoBERTa and MPNet drop out before the hidden layer too; BERT's hidden layer is its pooler.
@@ -101,8 +102,14 @@ class Head(nn.Module):
     return Dense(self.labels, 'float32', name='out')(drop(x))
 
 
+def encoder_of(model: 'Classifier', executor: str, name: str | None = None) -> Encoder:
+  """A model's encoder under an executor."""
+  reads_first, reads_all = model.readout == 'cls', model.readout == 'tokens'
+  return Encoder(model.config, model.reducer, executor, reads_first, reads_all, name=name)
+
+
 class Classifier(nn.Module):
-  """A text classifier over any backbone and any method."""
+  """A classifier of texts or, where it reads out tokens, of each of their tokens, over any backbone and any method."""
 
   config: EncoderConfig
   reducer: Reducer
@@ -124,22 +131,35 @@ class Classifier(nn.Module):
       raise UserError(
         f'task.readout is {self.readout!r}, but this method leaves tokens for {", ".join(self.reducer.readouts())} only'
       )
+    if self.readout == 'tokens' and self.head != 'linear':
+      raise UserError(
+        f"task.head is {self.head!r}, a head for whole texts; with task.readout='tokens' it is 'linear'"
+      )
     self.reducer.check(self.config.depth, self.config.heads)
     return self
 
+  @property
+  def counted_head(self) -> str:
+    """What `flops` calls the head."""
+    return 'tokens' if self.readout == 'tokens' else self.head
+
   @nn.compact
   def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
-    encoder = Encoder(self.config, self.reducer, self.executor, self.readout == 'cls', name='encoder')
+    encoder = encoder_of(self, self.executor, 'encoder')
     controls = dict(batch.get('controls', {}))
     inputs = Inputs(
       batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config, self.readout == 'cls'
     )
     tokens, memory, trace = encoder(inputs, train)
-    logits = Head(self.config, self.labels, self.head, name='head')(read_out(tokens, self.readout), train)
+    read = read_out(tokens, self.readout, memory)
+    logits = Head(self.config, self.labels, self.head, name='head')(read, train)
     if 'exited' in memory:
-      logits = jnp.where(memory['exited'][:, None], memory['prediction'], logits)
-    macs = flops.trace_macs(self.config, self.labels, self.head, trace)
-    dense = flops.dense_macs(self.config, self.labels, self.head, batch['mask'].sum(-1))
+      exited = memory['exited'].reshape(-1, *[1] * (logits.ndim - 1))
+      logits = jnp.where(exited, memory['prediction'], logits)
+    if self.readout == 'tokens':
+      logits = jnp.where(batch['mask'][..., None], logits, 0)
+    macs = flops.trace_macs(self.config, self.labels, self.counted_head, trace)
+    dense = flops.dense_macs(self.config, self.labels, self.counted_head, batch['mask'].sum(-1))
     loss = jnp.asarray(memory.get('loss', 0.0), jnp.float32)
     if 'mac_target' in memory:
       real = batch['mask'].any(-1)

@@ -91,7 +91,7 @@ class Recorder:
     if not np.isfinite(values['loss']):
       self.stop(step, 'the validation loss')
     self.progress.note(f'{self.stage}  step {step}  valid  ' + '  '.join(
-      f'{name} {values[name]:.4f}' for name in ('loss', 'accuracy', 'keep_ratio') if name in values
+      f'{name} {values[name]:.4f}' for name in ('loss', 'accuracy', 'f1', 'keep_ratio') if name in values
     ))  # fmt: skip
     self.write(step, 'valid', {name: value for name, value in values.items() if name != 'confusion'})
     self.since = None

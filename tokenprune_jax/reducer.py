@@ -7,8 +7,11 @@ arrays with leading axis b in original-position indexing. Entries of `memory` th
   loss scalar: added to the task's loss;  macs_NAME [b]: multiply-adds of the method itself, an item each;
   mac_target, mac_weight scalars: a budget, mac_weight (MACs / dense MACs - mac_target)^2 is added to the loss;
   assignment [b N] int32: the combination slot each input token went to;
-  exited [b] bool, prediction [b c]: examples that are answered before the last layer, and their logits;
+  exited [b] bool, prediction [b c] (where tokens are read [b N c]): examples that are answered before the last layer, and
+  their logits;
   logits [b e c]: of all exits, for a training objective.
+
+The encoder's own entry, where the model reads every token: board [b N d], the last states of tokens that left the stream.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenprune_jax.attention import Evidence
-from tokenprune_jax.tokens import Tokens
+from tokenprune_jax.tokens import Tokens, restored
 
 Memory = dict[str, Array]
 
@@ -51,8 +54,14 @@ class Half(NamedTuple):
   attention: bool
 
 
-def read_out(tokens: Tokens, how: str) -> Float[Array, 'b d']:
-  """What a classifier reads. cls: slot 0. mean: over live slots; 0 where an example has none."""
+def read_out(tokens: Tokens, how: str, memory: Memory | None = None) -> Float[Array, 'b *N d']:
+  """What a classifier reads. cls: slot 0. mean: over live slots; 0 where an example has none.
+
+  tokens: the last state of every input token [b N d], those that are gone included, which lie on the board in `memory`.
+  """
+  if how == 'tokens':
+    assert memory is not None  # the encoder writes the board where it is to `restore`
+    return restored(memory['board'], tokens).astype(jnp.float32)
   if how == 'cls':
     return tokens.x[:, 0].astype(jnp.float32)
   weight = tokens.updated[..., None]
@@ -67,7 +76,7 @@ class Reducer(nn.Module):
 
   def readouts(self) -> tuple[str, ...]:
     """The read-outs that it leaves enough tokens for."""
-    return ('cls', 'mean')
+    return ('cls', 'mean', 'tokens')
 
   def soft(self) -> str:
     """How masks act while they are soft and the task's gradient has to reach them; '': they are hard.

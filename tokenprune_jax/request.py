@@ -12,9 +12,9 @@ from tokenprune_jax.errors import UserError
 
 class Answer(NamedTuple):
   """label: its name, or number; logits [c]; layers: blocks that ran; macs, dense_macs: multiply-adds, also of the plain
-  encoder."""
+  encoder. A tagger answers with a list of labels, and logits [n c], of the request's n tokens."""
 
-  label: str | int
+  label: str | int | list[Any]
   logits: np.ndarray
   layers: int
   macs: float
@@ -23,9 +23,9 @@ class Answer(NamedTuple):
 
   @property
   def probabilities(self) -> np.ndarray:
-    """[c], of all classes."""
-    odds = np.exp(self.logits - self.logits.max())
-    return odds / odds.sum()
+    """[c], of all classes, or [n c]."""
+    odds = np.exp(self.logits - self.logits.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
 
 
 @dataclasses.dataclass(eq=False)

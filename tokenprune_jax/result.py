@@ -15,7 +15,9 @@ from tokenprune_jax.session import Session, batches, make_model
 TIMED_BATCHES = (
   4  # of the test split, spread over its lengths: enough for a median, seconds instead of minutes
 )
-SCORES = ('accuracy', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'confusion', 'loss')
+SCORES = (
+  'accuracy', 'precision', 'recall', 'f1', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'confusion', 'loss',
+)  # fmt: skip
 
 
 def evaluated(session: Session, model: Classifier, params: Any, split: str) -> tuple[dict, list]:

@@ -19,7 +19,7 @@ from tokenprune_jax import flops
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder, overheads
 from tokenprune_jax.ladder import QUARTERS
-from tokenprune_jax.models import Classifier, Head
+from tokenprune_jax.models import Classifier, Head, encoder_of
 from tokenprune_jax.reducer import Half, Inputs, Memory, read_out
 from tokenprune_jax.tokens import Capacity, Tokens
 
@@ -59,7 +59,10 @@ class Segment(NamedTuple):
 
 
 class Report(NamedTuple):
-  """Per example [b], after a segment: what the host decides by. answer [b c]: where exited, or at the end."""
+  """Per example [b], after a segment: what the host decides by.
+
+  answer [b c], of a tagger at the end [b N c]: where exited, or at the end.
+  """
 
   live: Array  # input slots
   widest: Array  # keys of the head that has most, added slots included
@@ -84,7 +87,7 @@ def cut(model: Classifier) -> tuple[Segment, ...]:
 
 def make_encoder(model: Classifier) -> Encoder:
   """The model's encoder, by itself."""
-  return Encoder(model.config, model.reducer, 'serve', model.readout == 'cls')
+  return encoder_of(model, 'serve')
 
 
 def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +124,10 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
   answer = memory.get('prediction', jnp.zeros((b, model.labels)))
   if segment.last:
     head = Head(model.config, model.labels, model.head)
-    logits: Any = head.apply({'params': params['head']}, read_out(tokens, model.readout), False)
-    answer = jnp.where(exited[:, None], answer, logits)
+    logits: Any = head.apply({'params': params['head']}, read_out(tokens, model.readout, memory), False)
+    answer = logits if model.readout == 'tokens' else jnp.where(exited[:, None], answer, logits)
+  elif model.readout == 'tokens':  # the host takes away the slots that are gone
+    memory = {**memory, 'board': stream.restored(memory['board'], tokens)}
   inputs = tokens.x.shape[1] - tokens.added
   seen = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None]
   report = Report(

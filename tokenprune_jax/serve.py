@@ -343,14 +343,21 @@ class Server:
 
   def answer(self, request: Request, report: Report, row: int) -> None:
     """Ends a request."""
-    config, labels, head = self.model.config, self.model.labels, self.model.head
-    macs = request.macs + float(report.overhead[row]) + flops.head_macs(config, labels, head)
-    dense = flops.dense_macs(config, labels, head, len(request.ids))
-    best = int(report.answer[row].argmax())
-    label = self.labels[best] if self.labels else best
-    request.future.set_result(
-      Answer(label, np.asarray(report.answer[row]), request.layers, macs, dense, request.truncated)
+    config, labels, head = self.model.config, self.model.labels, self.model.counted_head
+    macs = (
+      request.macs + float(report.overhead[row]) + flops.head_macs(config, labels, head, len(request.ids))
     )
+    dense = flops.dense_macs(config, labels, head, len(request.ids))
+    logits = np.asarray(report.answer[row])
+    logits = logits[: len(request.ids)] if self.model.readout == 'tokens' else logits
+    best = logits.argmax(-1).tolist()
+    label = name_of(best, self.labels) if self.labels else best
+    request.future.set_result(Answer(label, logits, request.layers, macs, dense, request.truncated))
+
+
+def name_of(numbers: Any, labels: Sequence[str]) -> Any:
+  """The name of a class, or a list of names."""
+  return [labels[number] for number in numbers] if isinstance(numbers, list) else labels[numbers]
 
 
 def fail(requests: Sequence[Request], error: Exception) -> None:

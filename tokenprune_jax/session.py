@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 
 from tokenprune_jax import data, initial, optim, predict, pretrained, sharding, stages, tasks, writer
-from tokenprune_jax.data import files
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, make_reducer
 
@@ -32,13 +31,12 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
   sharding.check_batch('optimizer.batch_size', optimizer['batch_size'], optimizer['accumulate'])
   sharding.check_batch('eval.batch_size', config['eval']['batch_size'])
   if config['predict']:
-    predict.read_texts(
-      pathlib.Path(config['predict']), files.Columns(config['data']['text'], config['data']['text_pair'])
-    )
+    predict.READERS[config['task']['name']](pathlib.Path(config['predict']), config['data'])
   mesh, task = sharding.make_mesh(config['parallel']['fsdp']), tasks.make(config['task']['name'])
   weights, max_length = load_weights(config), config['data']['max_length']
   check_stages(config, weights, task)
-  dataset = data.load(config['data'], weights.tokenizer, max_length, data.cache_dir(), seed=config['seed'])
+  load = data.LOADERS[task.name]
+  dataset = load(config['data'], weights.tokenizer, max_length, data.cache_dir(), seed=config['seed'])
   writer.say(dataset.describe())
   buckets = (*(length for length in config['data']['buckets'] if length < max_length), max_length)
   out = sharding.on_first(lambda: writer.MetricsWriter(folder))

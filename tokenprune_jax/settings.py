@@ -15,7 +15,7 @@ from tokenprune_jax.errors import UserError
 DEFAULTS: dict[str, Any] = {
   'seed': 0,
   'task': {
-    'name': 'classify',
+    'name': 'classify',  # or 'tag': a tag for each word, with readout='tokens'
     'readout': 'mean',  # or 'cls'; the same for a method and for the dense row it is compared with
     'head': 'linear',  # or 'family', the weights' own classification head
   },
@@ -41,6 +41,14 @@ DEFAULTS: dict[str, Any] = {
     'label': 'label',
     'labels': (),  # () = discovered in the training file
     'on_bad_row': 'error',  # or 'skip': left out, counted and reported
+    'tagging': {  # of words: task.name='tag'
+      'scheme': 'as_given',  # or 'bio', 'bioes', in which spans are written again; 'plain': tags mark no spans
+      'repair': False,  # tags that are against their scheme, which are bad rows otherwise
+      'documents': False,  # sentences between -DOCSTART- lines are read together, as many as max_length has room for
+      'long': 'split',  # a sentence above max_length: in overlapping windows; or 'error'
+      'overlap': 0.25,  # share of a window that the next one reads again, at most 0.5
+      'comment': '# ',  # how lines begin that are skipped before a sentence's first word; '': none are
+    },
   },
   'reducer': {'name': 'none'},
   'stages': ({'name': 'finetune', 'epochs': 2},),
@@ -135,7 +143,8 @@ REGEX: Rule = (is_regex, 'a regular expression')
 
 RULES: dict[str, Rule] = {
   'seed': at_least(0),
-  'task.readout': one_of('mean', 'cls'),
+  'task.name': one_of('classify', 'tag'),
+  'task.readout': one_of('mean', 'cls', 'tokens'),
   'task.head': one_of('linear', 'family'),
   'model.dtype': one_of('float32', 'bfloat16'),
   'model.dropout': SHARE,
@@ -147,6 +156,9 @@ RULES: dict[str, Rule] = {
   'data.valid_limit': at_least(0),
   'data.test_limit': at_least(0),
   'data.on_bad_row': one_of('error', 'skip'),
+  'data.tagging.scheme': one_of('as_given', 'bio', 'bioes', 'plain'),
+  'data.tagging.long': one_of('split', 'error'),
+  'data.tagging.overlap': (lambda value: 0 <= value <= 0.5, 'a share from 0 to 0.5'),
   'stages': (lambda stages: len(stages) > 0, 'at least one stage'),
   'optimizer.learning_rate': at_least(0),
   'optimizer.groups': (are_groups, "pairs of a regular expression and a factor, as in (('head/.*', 10.0),)"),
@@ -200,6 +212,12 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
   names = [stage['name'] for stage in config['stages']]
   if len(set(names)) < len(names):
     raise UserError(f'config.stages: the names {names} are not all different; give each stage its own.')
+  task = config['task']
+  if (task['name'] == 'tag') != (task['readout'] == 'tokens'):
+    raise UserError(
+      f"config.task.name is {task['name']!r} and config.task.readout {task['readout']!r}; 'tag' and 'tokens' belong "
+      'together. Set both, or neither.'
+    )
   optimizer, parallel = config['optimizer'], config['parallel']
   if optimizer['batch_size'] % optimizer['accumulate']:
     raise UserError(

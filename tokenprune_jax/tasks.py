@@ -9,21 +9,26 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenprune_jax import metrics
+from tokenprune_jax.data import Words
 from tokenprune_jax.errors import UserError
 
 
 class Task(NamedTuple):
-  """`loss(logits [b c], batch) -> scalar`, jittable; `scores(logits [N c], labels [N]) -> {name: value}`."""
+  """`loss(logits [b c], batch) -> scalar`, jittable; `scores(logits [N c], labels [N], words) -> {name: value}`.
+
+  Where words are labelled, a batch has logits [b n c] and labels [b n], scores get those of a split's N words, and `words`
+  (`data.Words`) says which words these are; else it is None.
+  """
 
   name: str
   loss: Callable[[Any, Mapping[str, Any]], Any]
-  scores: Callable[[Any, Any], dict[str, Any]]
+  scores: Callable[..., dict[str, Any]]
 
 
-def cross_entropy(logits: Float[Array, 'b c'], label: Int[Array, 'b']) -> Float[Array, 'b']:
-  """-log p(label) in nats, computed in float32 whatever the type of the logits."""
+def cross_entropy(logits: Float[Array, '*b c'], label: Int[Array, '*b']) -> Float[Array, '*b']:
+  """-log p(label) in nats, computed in float32 whatever the type of the logits; of any class where label is negative."""
   log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return -jnp.take_along_axis(log_probabilities, label[:, None], axis=1)[:, 0]
+  return -jnp.take_along_axis(log_probabilities, jnp.maximum(label, 0)[..., None], axis=-1)[..., 0]
 
 
 def divergence(from_logits: Float[Array, '*#b c'], to_logits: Float[Array, '*#b c']) -> Float[Array, '*b']:
@@ -33,19 +38,27 @@ def divergence(from_logits: Float[Array, '*#b c'], to_logits: Float[Array, '*#b 
 
 
 def weighted_mean(
-  values: Float[Array, 'b'], weight: Float[Array, 'b'] | Bool[Array, 'b']
+  values: Float[Array, '*b'], weight: Float[Array, '*b'] | Bool[Array, '*b']
 ) -> Float[Array, '']:
-  """Mean over rows by weight, 0 where all weights are; what a row of weight 0 holds does not count, NaN included."""
+  """Mean by weight, 0 where all weights are; what stands at a weight of 0 does not count, NaN included."""
   weight = weight.astype(jnp.float32)
   return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
-def classification_loss(logits: Float[Array, 'b c'], batch: Mapping[str, Any]) -> Float[Array, '']:
-  """Mean cross-entropy over the batch's rows by `weight`; filler rows (weight 0) do not count."""
-  return weighted_mean(cross_entropy(logits, batch['label']), batch['weight'])
+def label_weight(batch: Mapping[str, Any]) -> Float[Array, '*b']:
+  """What each label counts: the `weight` of its row, and 0 for tokens without a label (-1)."""
+  label, weight = batch['label'], batch['weight'].astype(jnp.float32)
+  return weight if label.ndim == 1 else weight[:, None] * (label >= 0)
 
 
-def classification_scores(logits: Float[np.ndarray, 'N c'], labels: Int[np.ndarray, 'N']) -> dict[str, Any]:
+def classification_loss(logits: Float[Array, '*b c'], batch: Mapping[str, Any]) -> Float[Array, '']:
+  """Mean cross-entropy over the batch's labels, of rows or of words, by weight; filler rows (weight 0) do not count."""
+  return weighted_mean(cross_entropy(logits, batch['label']), label_weight(batch))
+
+
+def classification_scores(
+  logits: Float[np.ndarray, 'N c'], labels: Int[np.ndarray, 'N'], words: None = None
+) -> dict[str, Any]:
   """Accuracy, macro, micro and batch-wise F1, and the confusion matrix (nested lists, rows are labels)."""
   classes = logits.shape[1]
   predictions = np.argmax(logits, axis=1)
@@ -60,10 +73,24 @@ def classification_scores(logits: Float[np.ndarray, 'N c'], labels: Int[np.ndarr
   }
 
 
+def tag_scores(
+  logits: Float[np.ndarray, 'N c'], labels: Int[np.ndarray, 'N'], words: Words
+) -> dict[str, Any]:
+  """Accuracy over words and, where tags mark spans, precision, recall and F1 of whole spans of all kinds together."""
+  predictions = np.argmax(logits, axis=1)
+  found = {'accuracy': metrics.accuracy(labels, predictions)}
+  if words.scheme == 'plain':
+    return found
+  return found | metrics.span_scores(words.tags(labels), words.tags(predictions))
+
+
+SCORES: dict[str, Callable[..., dict[str, Any]]] = {'classify': classification_scores, 'tag': tag_scores}
+
+
 def make(name: str) -> Task:
   """The task of that name. Raises UserError for one that does not exist."""
-  if name != 'classify':
+  if name not in SCORES:
     raise UserError(
-      f"task.name is '{name}', which does not exist; expected 'classify'. Set task.name='classify'."
+      f"task.name is '{name}', which does not exist; expected one of {', '.join(SCORES)}, such as task.name='classify'."
     )
-  return Task(name, classification_loss, classification_scores)
+  return Task(name, classification_loss, SCORES[name])

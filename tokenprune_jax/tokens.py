@@ -236,6 +236,16 @@ def take(tokens: Tokens, index: Int[Array, 'b k'], kept: Bool[Array, 'b n']) -> 
   )
 
 
+def restored(board: Float[Array, 'b N d'], tokens: Tokens) -> Float[Array, 'b N d']:
+  """The board with the state of every slot that stands for an input token written to that token's place."""
+  inputs = tokens.x.shape[1] - tokens.added
+  if not tokens.moved and inputs == tokens.length:
+    return tokens.x[:, :inputs]
+  rows = jnp.arange(board.shape[0])[:, None]
+  place = jnp.where(tokens.position < 0, tokens.length, tokens.position)
+  return board.at[rows, place].set(tokens.x.astype(board.dtype), mode='drop')
+
+
 def scatter_to_input(
   values: Num[Array, 'b n'], position: Int[Array, 'b n'], length: int
 ) -> Num[Array, 'b N']:

@@ -30,6 +30,7 @@ from tokenprune_jax import (
   settings,
   sharding,
   stages,
+  tasks,
   workdir,
   writer,
 )
@@ -271,16 +272,16 @@ def make_step(
 
 
 def accumulated(gradient: Callable, batch: Mapping[str, jax.Array], key: jax.Array, parts: int) -> Any:
-  """`gradient(batch, key)` as of the whole batch, computed in `parts`; each counts by its share of weight."""
+  """`gradient(batch, key)` as of the whole batch, computed in `parts`; each counts by its share of the labels."""
   if parts == 1:
     return gradient(batch, key)
   # Every parts-th row: the rows of a part then lie on the same devices as before.
   cut = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
-  total = jnp.maximum(batch['weight'].sum(), 1e-6)
+  total = jnp.maximum(tasks.label_weight(batch).sum(), 1e-6)
 
   def add(sums, part):
     part, number = part
-    share = part['weight'].sum() / total
+    share = tasks.label_weight(part).sum() / total
     found = gradient(part, jax.random.fold_in(key, number))
     return jax.tree.map(lambda a, b: a + share * b, sums, found), None
 

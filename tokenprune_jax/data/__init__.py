@@ -2,6 +2,11 @@
 
 from tokenprune_jax.data.batching import BatchPlan, batches
 from tokenprune_jax.data.dataset import Dataset, cache_dir, load
-from tokenprune_jax.data.tokenise import Encoder, Split, encode
+from tokenprune_jax.data.tagged import load_tagged
+from tokenprune_jax.data.tokenise import Encoder, Split, Words, encode
 
-__all__ = ['BatchPlan', 'Dataset', 'Encoder', 'Split', 'batches', 'cache_dir', 'encode', 'load']
+LOADERS = {'classify': load, 'tag': load_tagged}  # by config.task.name
+
+__all__ = [
+  'LOADERS', 'BatchPlan', 'Dataset', 'Encoder', 'Split', 'Words', 'batches', 'cache_dir', 'encode', 'load', 'load_tagged',
+]  # fmt: skip

@@ -120,7 +120,7 @@ def collate(split: Split, rows: Int[np.ndarray, ' b'], width: int, pad_id: int) 
     'ids': np.full((count, width), pad_id, np.int32),
     'mask': np.zeros((count, width), bool),
     'types': np.zeros((count, width), np.int32),
-    'label': np.zeros(count, np.int32),
+    'label': np.zeros(count, np.int32) if split.tags is None else np.full((count, width), -1, np.int32),
     'weight': (rows >= 0).astype(np.float32),
     'index': rows.astype(np.int32),
   }
@@ -130,7 +130,10 @@ def collate(split: Split, rows: Int[np.ndarray, ' b'], width: int, pad_id: int) 
     batch['ids'][row, :length] = split.ids(example)
     batch['types'][row, :length] = split.types(example)
     batch['mask'][row, :length] = True
-    batch['label'][row] = split.label[example]
+    if split.tags is None:
+      batch['label'][row] = split.label[example]
+    else:
+      batch['label'][row, :length] = split.tags[split.place(example)]
   return batch
 
 
@@ -148,8 +151,9 @@ def batches(
   """The batches of `split`, as numpy dicts of a process's b = batch_size / process_count rows.
 
   ids [b n] int32, mask [b n] bool (True at tokens), types [b n] int32, label [b] int32, weight [b] float32 (0
-  at filler rows), index [b] int32 (example in the split, -1 at filler rows); n is one of `buckets`. The rows
-  of all processes, in their order, are the batch that one process would get.
+  at filler rows), index [b] int32 (example in the split, -1 at filler rows); n is one of `buckets`. Where the
+  split labels tokens, label is [b n], -1 at tokens without one. The rows of all processes, in their order, are
+  the batch that one process would get.
 
   batch_size: rows over all processes. seed: of the shuffling. Raises UserError where the split is empty, the
   batch cannot be shared out, or an example is longer than the last bucket.

@@ -11,7 +11,7 @@ import numpy as np
 from tokenprune_jax import settings
 from tokenprune_jax.data import splits
 from tokenprune_jax.data.source import Source, open_source
-from tokenprune_jax.data.tokenise import Encoder, Split, encode_cached, text_problem
+from tokenprune_jax.data.tokenise import Encoder, Split, Words, encode_cached, text_problem
 from tokenprune_jax.errors import UserError
 
 CHUNK = 1000  # examples read from disk at once
@@ -28,18 +28,24 @@ class Dataset:
   duplicates: int  # documents dropped because another has the same text
   skipped: int  # rows left out because they cannot be used
   bad_rows: tuple[str, ...]  # what was wrong with the first of those
+  repaired: int = 0  # tagged sentences that were against their scheme
 
   def describe(self) -> str:
     """Sizes, documents cut and by how much, and what was dropped: some lines for a person."""
     classes = ', '.join(self.labels[:8]) + (', …' if len(self.labels) > 8 else '')
-    lines = [f'{self.name}: {len(self.labels)} classes ({classes})']
+    words = self.splits['train'].words
+    kind = 'classes' if words is None else f'{words.scheme} tags'
+    lines = [f'{self.name}: {len(self.labels)} {kind} ({classes})']
     lines += [f'  {name}: {self.describe_split(split)}' for name, split in self.splits.items()]
     lines.append(f'  dropped: {self.duplicates:,} duplicates, {self.skipped:,} rows that cannot be used')
+    lines += [f'  repaired: tags of {self.repaired:,} sentences'] if self.repaired else []
     lines += [f'    {row}' for row in self.bad_rows]
     return '\n'.join(lines)
 
   def describe_split(self, split: Split) -> str:
     """One split's part of `describe`."""
+    if split.words is not None:
+      return self.describe_words(split, split.words)
     count = np.bincount(split.label, minlength=len(self.labels))
     cut = split.cut[split.cut > 0]
     text = f'{len(split):,} documents ({count.min():,} to {count.max():,} a class)'
@@ -50,6 +56,15 @@ class Dataset:
       f'{text}, {len(cut):,} ({len(cut) / len(split):.1%}) cut to {self.max_length} tokens: each loses '
       f'{cut.mean():,.0f} on average and {cut.max():,} at most, together {lost:.1%} of all tokens'
     )
+
+  def describe_words(self, split: Split, words: Words) -> str:
+    """The same where words are tagged."""
+    # Windows that answer a sentence in part: those that end, or begin, inside of one.
+    ends = np.cumsum([len(sentence.words) for sentence in words.sentences])[:-1]
+    seams = np.flatnonzero(np.diff(words.example)) + 1
+    text = f'{len(words.sentences):,} sentences of {len(words.example):,} words in {len(split):,} inputs'
+    lost = f', {split.cut.sum():,} pieces of longer words left out' if split.cut.any() else ''
+    return f'{text}, {len(np.setdiff1d(seams, ends)):,} of them go on with a longer sentence{lost}'
 
 
 @dataclasses.dataclass(frozen=True)

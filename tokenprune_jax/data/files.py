@@ -1,5 +1,6 @@
 """A user's own CSV, TSV or JSONL files, gzipped or not, read once into a tfds dataset that their content finds again."""
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -86,22 +87,41 @@ def cell_problem(row: Row, columns: Columns) -> str:
 
 def read_rows(path: Path, columns: Columns, key: str) -> Iterator[Row]:
   """Rows of the file's format, with errors of the file system as UserError."""
-  name = f'{key}={str(path)!r}' if key else str(path)
-  zipped = path.suffix == '.gz'
-  suffix = path.with_suffix('').suffix if zipped else path.suffix
+  suffix = suffix_of(path)
   if suffix not in SUFFIXES:
-    raise UserError(f'{name}: expected a file that ends in {", ".join(SUFFIXES)}, or in one of these and .gz')
+    raise UserError(
+      f'{named(path, key)}: expected a file that ends in {", ".join(SUFFIXES)}, or in one of these and .gz'
+    )
+  with opened(path, key) as file:
+    if suffix == '.jsonl':
+      yield from read_jsonl(file, columns)
+    else:
+      yield from read_table(file, path, DELIMITERS[suffix], columns)
+
+
+def suffix_of(path: Path) -> str:
+  """What a file's name ends in, .gz aside."""
+  return path.with_suffix('').suffix if path.suffix == '.gz' else path.suffix
+
+
+def named(path: Path, key: str) -> str:
+  """What a message calls a file. key: the config key that named it, or ''."""
+  return f'{key}={str(path)!r}' if key else str(path)
+
+
+@contextlib.contextmanager
+def opened(path: Path, key: str) -> Iterator[Any]:
+  """The lines of a file, gzipped or not. Raises UserError for errors of the file system while it is open."""
   try:
     # Bytes that are not UTF-8 become surrogates, so that the row they stand in can be named or skipped.
-    with (gzip.open if zipped else open)(
+    with (gzip.open if path.suffix == '.gz' else open)(
       path, 'rt', encoding='utf-8-sig', errors='surrogateescape', newline=''
     ) as file:
-      if suffix == '.jsonl':
-        yield from read_jsonl(file, columns)
-      else:
-        yield from read_table(file, path, DELIMITERS[suffix], columns)
+      yield file
   except (OSError, EOFError, zlib.error) as error:
-    raise UserError(f'{name} cannot be read: {getattr(error, "strerror", None) or error}') from error
+    raise UserError(
+      f'{named(path, key)} cannot be read: {getattr(error, "strerror", None) or error}'
+    ) from error
 
 
 def read_jsonl(file: Iterator[str], columns: Columns) -> Iterator[Row]:

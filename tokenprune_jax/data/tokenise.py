@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import os
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -34,11 +35,44 @@ class Encoded:
   cut: Int[np.ndarray, ' N']  # int32, tokens of each text beyond max_length
 
 
-class Split:
-  """The examples of one split. Texts are read from disk when asked for, tokens lie in memory."""
+class Words(NamedTuple):
+  """What a tagger's examples are made of: W words, in the order of the examples that answer them."""
 
-  def __init__(self, encoded: Encoded, label: Int[np.ndarray, ' N'], read: Callable[[int], tuple[str, str]]):
-    self.encoded = encoded
+  names: tuple[str, ...]  # of the tags
+  scheme: str  # 'bio', 'bioes' or 'plain'
+  sentences: tuple[Any, ...]  # `sentences.Sentence`
+  example: Int[np.ndarray, ' W']  # that answers each word
+
+  def cut(self, values: Sequence[Any]) -> list[list[Any]]:
+    """Values of all words, by sentence."""
+    rest = iter(values)
+    return [list(itertools.islice(rest, len(sentence.words))) for sentence in self.sentences]
+
+  def tags(self, numbers: Int[np.ndarray, ' W']) -> list[list[str]]:
+    """Names of the tags of all words, by sentence."""
+    return self.cut([self.names[number] for number in numbers])
+
+  def text(self, i: int) -> str:
+    """The words that example i answers."""
+    words = itertools.chain.from_iterable(sentence.words for sentence in self.sentences)
+    return ' '.join(itertools.compress(words, self.example == i))
+
+
+class Split:
+  """The examples of one split. Texts are read from disk when asked for, tokens lie in memory.
+
+  tags: where tokens are labelled, the label of each, -1 for none; words: what they belong to. `label` then is all 0.
+  """
+
+  def __init__(
+    self,
+    encoded: Encoded,
+    label: Int[np.ndarray, ' N'],
+    read: Callable[[int], tuple[str, str]],
+    tags: Int[np.ndarray, ' T'] | None = None,
+    words: Words | None = None,
+  ):
+    self.encoded, self.tags, self.words = encoded, tags, words
     self.label = label.astype(np.int32)  # [N]
     self.lengths = np.diff(encoded.starts).astype(np.int32)  # [N] tokens, special ones included
     self.cut = encoded.cut  # [N] tokens left out
@@ -49,11 +83,15 @@ class Split:
 
   def ids(self, i: int) -> Int[np.ndarray, ' n']:
     """Token ids of example i, special tokens included, without padding."""
-    return self.encoded.tokens[self.encoded.starts[i] : self.encoded.starts[i + 1]]
+    return self.encoded.tokens[self.place(i)]
+
+  def place(self, i: int) -> slice:
+    """Where example i lies among all tokens."""
+    return slice(self.encoded.starts[i], self.encoded.starts[i + 1])
 
   def types(self, i: int) -> Int[np.ndarray, ' n']:
     """Token types of example i: 1 in the second text of a pair, where the model tells them apart."""
-    return self.encoded.token_types[self.encoded.starts[i] : self.encoded.starts[i + 1]].astype(np.int32)
+    return self.encoded.token_types[self.place(i)].astype(np.int32)
 
   def texts(self, i: int) -> str:
     """The text of example i, of a pair the first."""

@@ -214,6 +214,9 @@ class Method(Reducer):
     if self.head == 'mixed':
       self.pooler = exit_heads.Pooler()
 
+  def readouts(self) -> tuple[str, ...]:
+    return ('cls', 'mean')
+
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, False) for l in self.layers if l < depth)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Reducer
-from tokenprune_jax.tasks import classification_loss, divergence, weighted_mean
+from tokenprune_jax.tasks import classification_loss, divergence, label_weight, weighted_mean
 
 TINY: dict = {'layers': (1, 3)}
 NEUTRAL: dict = {'layers': ()}
@@ -18,20 +18,20 @@ TEMPERATURE = 2.0
 
 
 def softened(
-  teacher: Float[Array, 'b c'], student: Float[Array, 'b c'], temperature: float = TEMPERATURE
-) -> Float[Array, 'b']:
+  teacher: Float[Array, '*b c'], student: Float[Array, '*b c'], temperature: float = TEMPERATURE
+) -> Float[Array, '*b']:
   """T^2 KL(teacher || student) of softened logits: its gradient does not shrink with T."""
   return temperature**2 * divergence(teacher / temperature, student / temperature)
 
 
 def distil(apply, params, batch, rng, teacher):
-  """Half the teacher's answers, half the labels; means over the batch's rows by weight."""
+  """Half the teacher's answers, half the labels; means over the batch's labels by weight."""
   if teacher is None:
     raise UserError(
       "the objective 'distil' needs a teacher: name the stage that trained it in the stage's `teacher`."
     )
   logits = apply(params, batch, rng).logits
-  soft = weighted_mean(softened(teacher(batch).logits, logits), batch['weight'])
+  soft = weighted_mean(softened(teacher(batch).logits, logits), label_weight(batch))
   task = classification_loss(logits, batch)
   return 0.5 * (soft + task), {'task_loss': task, 'distil_loss': soft}
 
