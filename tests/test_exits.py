@@ -11,7 +11,7 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, exit_heads, models, train
+from tokenprune_jax import conversion, exit_heads, families, models, train
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducers import early_exit
@@ -73,7 +73,7 @@ def official():
       hidden=len(g[f'{prefix}encoder.layer.0.intermediate.dense.weight']), group_slots=0, dropout=0.0, attention_dropout=0.0,
       max_positions=len(g[f'{prefix}embeddings.position_embeddings.weight']), norm_eps=float(g['layer_norm_eps']),
     )  # fmt: skip
-    found = conversion.to_params(shape, tensors, dict.fromkeys(tensors, name), name, classifier=False)
+    found = conversion.to_params(shape, tensors, dict.fromkeys(tensors, name), name, families.BACKBONE)
     batch = {'ids': g['input_ids'], 'mask': g['attention_mask'] > 0, 'types': g['token_type_ids']}
     return g, shape, jax.tree.map(jnp.asarray, found['encoder']), jax.tree.map(jnp.asarray, batch)
 

@@ -54,6 +54,8 @@ def batch_of(tokenizer):
   ('family', 'cls', DENSE),  # the family's own classifier
   ('family', 'mean', DENSE),
   ('linear', 'cls', DENSE),
+  ('linear', 'tokens', DENSE),  # the family's own tagger
+  ('linear', 'tokens', CHAIN),
   ('family', 'cls', CHAIN),
   ('linear', 'mean', CHAIN),
 ])  # fmt: skip
@@ -67,7 +69,7 @@ def test_both_forms_come_back_bit_for_bit(family, head, readout, spec, tmp_path)
   assert found.reducer_spec == spec
   assert found.tokenizer('A fine film!')['input_ids'] == weights.tokenizer('A fine film!')['input_ids']
   assert found.tokenizer.get_vocab() == weights.tokenizer.get_vocab()
-  dense = (head, readout, spec['name']) == ('family', 'cls', 'none')
+  dense = (head, readout) in (('family', 'cls'), ('linear', 'tokens')) and spec is DENSE
   assert (tmp_path / 'model' / export.OWN_WEIGHTS).exists() != dense
 
 
@@ -95,6 +97,26 @@ def test_the_dense_classifier_has_equal_logits_in_torch(family, tmp_path):
     tokenizer('So bad, so good', 'yes')['input_ids']
     == weights.tokenizer('So bad, so good', 'yes')['input_ids']
   )
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('family', FAMILIES)
+def test_the_dense_tagger_has_equal_logits_in_torch(family, tmp_path):
+  torch = pytest.importorskip('torch', reason='needs torch, the peer that is compared with')
+  from transformers import AutoModelForTokenClassification
+
+  weights, params = make(family, 'linear')
+  write(tmp_path / 'model', weights, params, 'linear', 'tokens', DENSE)
+  batch, inputs = batch_of(weights.tokenizer)
+  model = models.Classifier(weights.config, models.make_reducer(DENSE), 3, readout='tokens')
+  logits = jax.jit(model.apply)({'params': {k: params[k] for k in ('encoder', 'head')}}, batch).logits
+  peer, report = AutoModelForTokenClassification.from_pretrained(tmp_path / 'model', output_loading_info=True)
+  assert not any(report.values()), report
+  assert peer.config.id2label == dict(enumerate(LABELS))
+  with torch.inference_mode():
+    expected = peer.eval()(**{name: torch.tensor(values) for name, values in inputs.items()}).logits
+  mask = batch['mask']
+  np.testing.assert_allclose(np.asarray(logits)[mask], expected.numpy()[mask], atol=1e-5, rtol=0)
 
 
 @pytest.mark.torch

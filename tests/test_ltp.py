@@ -11,7 +11,7 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, flops, models, segments, train
+from tokenprune_jax import conversion, families, flops, models, segments, train
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs
@@ -54,7 +54,7 @@ def official():
     type_vocab=len(tensors['roberta.embeddings.token_type_embeddings.weight']), position_offset=2, pad_id=1,
     norm_eps=float(g['layer_norm_eps']), dropout=0.0, attention_dropout=0.0, group_slots=0,
   )  # fmt: skip
-  params = conversion.to_params(shape, tensors, dict.fromkeys(tensors, 'golden'), 'golden', classifier=True)
+  params = conversion.to_params(shape, tensors, dict.fromkeys(tensors, 'golden'), 'golden', families.TEXTS)
   params = jax.tree.map(jnp.asarray, params)
   params['reducer'] = {'learned': {'delta': jnp.asarray(g['threshold_delta'] * 128)}}
   mask = g['attention_mask'].astype(bool)

@@ -11,7 +11,7 @@ import pytest
 from tests.reference import apply
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, models, train
+from tokenprune_jax import conversion, families, models, train
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducers import sttabt
@@ -27,7 +27,7 @@ def params_of(g, prefix, shape):
     for name in g.files
     if name.startswith(f'{prefix}.')
   }
-  found = conversion.to_params(shape, tensors, dict.fromkeys(tensors, 'golden'), 'golden', classifier=True)
+  found = conversion.to_params(shape, tensors, dict.fromkeys(tensors, 'golden'), 'golden', families.TEXTS)
   return jax.tree.map(jnp.asarray, found)
 
 

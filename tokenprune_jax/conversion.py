@@ -12,13 +12,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.families import rules
+from tokenprune_jax.families import BACKBONE, rules
 
 
 def expected_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
   """Path -> shape of every encoder parameter that a pretrained model brings (no head, no reducer)."""
   shapes: dict[str, tuple[int, ...]] = {}
-  for rule in rules(config.family):
+  for rule in rules(config.family, BACKBONE):
     if rule.target is not None and rule.target.startswith('encoder/'):
       shape = tuple(getattr(config, axis) for axis in rule.shape)
       layers = range(1, config.depth + 1) if '{l}' in rule.target else (0,)
@@ -31,26 +31,26 @@ def to_params(
   tensors: Mapping[str, np.ndarray],
   files: Mapping[str, str],
   folder: str,
-  classifier: bool,
+  kind: str,
 ) -> dict[str, Any]:
   """Nested parameters {'encoder': …, 'head': …} from a checkpoint's tensors.
 
-  files: the file of each tensor, for messages; folder: where they lie. classifier: the checkpoint's head
-  classifies sequences (else it is another task's and left out). `head` is there only where the checkpoint has
+  files: the file of each tensor, for messages; folder: where they lie. kind: what the checkpoint is for, of
+  those in `families`; the head of another task is left out. `head` is there only where the checkpoint has
   one; BERT's backbone may bring `head/dense`, its pooler, alone. Raises UserError naming tensor and file.
   """
   found: dict[str, np.ndarray] = {}
   origin: dict[str, str] = {}
   for name, tensor in tensors.items():
-    rule, target = _match(config, name, files[name])
-    if target is None or not (classifier or _in_backbone(config, rule)):
+    rule, target = _match(config, kind, name, files[name])
+    if target is None or (kind == BACKBONE and not _in_backbone(config, rule)):
       continue
     if target in origin:
       both = f'{origin[target]!r} and {name!r}'
       raise UserError(f'{files[name]}: the tensors {both} both hold {target}; expected one of them')
     value = _fit(tensor, rule, config, f'{files[name]}: the tensor {name!r}')
     found[target], origin[target] = value, name
-  _require(config, found, folder)
+  _require(config, kind, found, folder)
   return unflatten_dict(found, sep='/')
 
 
@@ -58,9 +58,9 @@ def _in_backbone(config, rule):
   return rule.name.startswith(f'{config.family}.')
 
 
-def _match(config, name, file):
+def _match(config, kind, name, file):
   """(rule, target path) of a tensor's name."""
-  matches = [(rule, match) for rule in rules(config.family) if (match := rule.pattern.fullmatch(name))]
+  matches = [(rule, match) for rule in rules(config.family, kind) if (match := rule.pattern.fullmatch(name))]
   if not matches:
     raise UserError(f'{file}: {config.family} has no tensor {name!r}; expected the weights of config.json')
   (rule, match) = matches[0]
@@ -89,9 +89,9 @@ def _fit(tensor, rule, config, where):
   return value
 
 
-def _require(config, found, folder):
+def _require(config, kind, found, folder):
   """Every parameter of the encoder is there, and a head is whole."""
-  names = {rule.target: rule for rule in rules(config.family) if rule.target is not None}
+  names = {rule.target: rule for rule in rules(config.family, kind) if rule.target is not None}
   needed = set(expected_shapes(config))
   head = {target for target in names if target.startswith('head/')}
   pooler = config.family == 'bert' and not any(target.startswith('head/out') for target in found)
@@ -110,19 +110,19 @@ def _require(config, found, folder):
     raise UserError(f'{folder}: weight and bias of the classifier are for different numbers of labels')
 
 
-def to_tensors(config: EncoderConfig, params: Mapping[str, Any], classifier: bool) -> dict[str, np.ndarray]:
-  """The inverse of `to_params`: the backbone without prefix or, as `classifier`, with prefix and head.
+def to_tensors(config: EncoderConfig, params: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
+  """The inverse of `to_params`: the backbone without prefix or, for other kinds, with prefix and head.
 
   Entries of `params` that the family does not know (a reducer's) are left out; KeyError where one is missing.
   """
   flat = flatten_dict(dict(params), sep='/')
   tensors = {}
-  for rule in rules(config.family):
-    if rule.target is None or not (classifier or rule.target.startswith('encoder/')):
+  for rule in rules(config.family, kind):
+    if rule.target is None or (kind == BACKBONE and not rule.target.startswith('encoder/')):
       continue
     for layer in range(config.depth if '{l}' in rule.target else 1):
       value = np.asarray(flat[rule.target.format(l=layer + 1)], np.float32)
       name = rule.name.format(l=layer)
-      name = name if classifier else name.removeprefix(f'{config.family}.')
+      name = name if kind != BACKBONE else name.removeprefix(f'{config.family}.')
       tensors[name] = np.ascontiguousarray(value.T if rule.transpose else value)
   return tensors

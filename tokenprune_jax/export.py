@@ -1,8 +1,9 @@
 """A trained model as a folder that others can read, and back.
 
-A dense model with the family's own head becomes the family's ForSequenceClassification. Any other becomes its
-backbone, which transformers' AutoModel reads, with head and reducer in tokenprune.safetensors beside it. What
-transformers has no words for is in tokenprune.json. What is read is what was written, bit for bit.
+A dense model with the family's own head becomes the family's ForSequenceClassification, a dense tagger its
+ForTokenClassification. Any other becomes its backbone, which transformers' AutoModel reads, with head and
+reducer in tokenprune.safetensors beside it. What transformers has no words for is in tokenprune.json. What is
+read is what was written, bit for bit.
 """
 
 import json
@@ -59,7 +60,10 @@ def export(
   """
   folder = Path(folder)
   _refuse_foreign(folder)
-  classifier = reducer_spec['name'] == 'none' and head == 'family' and readout == 'cls'
+  own_head = {('family', 'cls'): families.TEXTS, ('linear', 'tokens'): families.TOKENS}
+  kind = (
+    own_head.get((head, readout), families.BACKBONE) if reducer_spec['name'] == 'none' else families.BACKBONE
+  )
   settings = {
     'format': FORMAT,
     'labels': list(labels),
@@ -69,9 +73,9 @@ def export(
     'max_length': max_length or config.max_length,
     'dtype': config.dtype,
   }
-  own = {} if classifier else _own_weights(params)
-  tensors = conversion.to_tensors(config, params, classifier)
-  raw = families.write_config(config, tuple(labels) if classifier else None)
+  own = _own_weights(params) if kind == families.BACKBONE else {}
+  tensors = conversion.to_tensors(config, params, kind)
+  raw = families.write_config(config, tuple(labels), kind)
   unfinished = folder.with_name(f'.{folder.name}.{os.getpid()}')
   try:
     unfinished.mkdir(parents=True)

@@ -108,13 +108,18 @@ def _head_parts(dense: str, out: str) -> tuple[Part, ...]:
   )
 
 
+# What a checkpoint is for: transformers' classes are called BertModel, BertForTokenClassification, …
+BACKBONE, TEXTS, TOKENS = 'Model', 'ForSequenceClassification', 'ForTokenClassification'
+_TOKEN_HEAD = (Part('classifier', 'head/out', 'dense', 'width labels'),)  # in every family
+
+
 @dataclass(frozen=True)
 class Family:
   """How one family's files are laid out."""
 
-  classes: str  # transformers' classes are called <classes>Model, <classes>ForSequenceClassification
+  classes: str  # how transformers' classes begin
   parts: tuple[Part, ...]
-  head: tuple[Part, ...]
+  head: tuple[Part, ...]  # that classifies texts
   ignored: tuple[str, ...]  # patterns of known tensors that are not needed: buffers, heads of other tasks
   position_offset: int | None = 0  # None: the row after the padding id's
   keys: tuple[tuple[str, str], ...] = ()  # (field of EncoderConfig, key in config.json)
@@ -199,11 +204,16 @@ _PAD_IDS = {'bert': 0, 'distilbert': 0, 'roberta': 1, 'mpnet': 1}
 
 
 @functools.cache
-def rules(family: str) -> tuple[Rule, ...]:
-  """Every tensor that a checkpoint of the family may hold."""
+def rules(family: str, kind: str) -> tuple[Rule, ...]:
+  """Every tensor that a checkpoint of the family may hold; kind: what it is for, BACKBONE where that is not known."""
   layout = FAMILIES[family]
-  found = [Rule(re.compile(pattern)) for pattern in layout.ignored]
-  for part in layout.parts + layout.head:
+  head, ignored = layout.head, layout.ignored
+  if kind == TOKENS:  # whose classifier other checkpoints do not need; BERT's older ones hold a pooler too
+    head = _TOKEN_HEAD
+    ignored = tuple(pattern for pattern in ignored if not re.fullmatch(pattern, f'{head[0].name}.weight'))
+    ignored += (r'bert\.pooler\..*',)
+  found = [Rule(re.compile(pattern)) for pattern in ignored]
+  for part in layout.parts + head:
     for name, old, ours, transpose, axes in LEAVES[part.kind]:
       pattern = re.escape(part.name).replace(re.escape('{l}'), r'(\d+)')
       if part.name.startswith(f'{family}.'):  # a backbone saved alone has no prefix
@@ -262,19 +272,25 @@ def _refuse_variants(raw, values, file):
     raise UserError(f'{file}: relative_attention_num_buckets is {values["relative_buckets"]}; expected 32')
 
 
-def write_config(config: EncoderConfig, labels: tuple[str, ...] | None) -> dict[str, Any]:
-  """The content of a config.json: a sequence classifier where labels are given, else the backbone."""
+def kind_of(raw: Mapping[str, Any]) -> str:
+  """What the checkpoint beside a config.json's content is for; BACKBONE where its head is for another task."""
+  names = [str(name) for name in raw.get('architectures') or (TEXTS,)]
+  return next((kind for kind in (TEXTS, TOKENS) if any(name.endswith(kind) for name in names)), BACKBONE)
+
+
+def write_config(config: EncoderConfig, labels: tuple[str, ...], kind: str) -> dict[str, Any]:
+  """The content of a config.json of a checkpoint of a kind."""
   layout = FAMILIES[config.family]
   raw = {key: getattr(config, field) for field, key in layout.keys}
   names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
   raw[dict(layout.keys)['activation']] = names[config.activation]
-  kind = 'Model' if labels is None else 'ForSequenceClassification'
   raw |= {'model_type': config.family, 'architectures': [layout.classes + kind]}
-  if labels is not None:
+  if kind != BACKBONE:
     raw |= {
       'num_labels': len(labels),
       'id2label': {str(i): label for i, label in enumerate(labels)},
       'label2id': {label: i for i, label in enumerate(labels)},
-      'problem_type': 'single_label_classification',
     }
+  if kind == TEXTS:
+    raw['problem_type'] = 'single_label_classification'
   return raw

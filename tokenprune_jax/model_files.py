@@ -24,11 +24,7 @@ def read(folder: Path) -> tuple[EncoderConfig, dict[str, Any], Any]:
   raw = read_json(folder / 'config.json')
   config = families.read_config(raw, str(folder / 'config.json'))
   tensors, files = read_tensors(folder)
-  architectures = raw.get('architectures') or ()  # by these the head of another task is known
-  classifier = not architectures or any(
-    str(name).endswith('ForSequenceClassification') for name in architectures
-  )
-  params = conversion.to_params(config, tensors, files, str(folder), classifier)
+  params = conversion.to_params(config, tensors, files, str(folder), families.kind_of(raw))
   return config, params, read_tokenizer(folder, config)
 
 
