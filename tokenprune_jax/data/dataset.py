@@ -59,12 +59,11 @@ class Dataset:
 
   def describe_words(self, split: Split, words: Words) -> str:
     """The same where words are tagged."""
-    # Windows that answer a sentence in part: those that end, or begin, inside of one.
-    ends = np.cumsum([len(sentence.words) for sentence in words.sentences])[:-1]
-    seams = np.flatnonzero(np.diff(words.example)) + 1
+    parts = sum(given[0] != given[-1] for given in words.cut(words.example.tolist()))
     text = f'{len(words.sentences):,} sentences of {len(words.example):,} words in {len(split):,} inputs'
-    lost = f', {split.cut.sum():,} pieces of longer words left out' if split.cut.any() else ''
-    return f'{text}, {len(np.setdiff1d(seams, ends)):,} of them go on with a longer sentence{lost}'
+    text += f', {parts:,} sentences longer than {self.max_length} tokens in windows' if parts else ''
+    lost = int(split.cut.sum())
+    return text + (f', {lost:,} pieces of words longer than that left out' if lost else '')
 
 
 @dataclasses.dataclass(frozen=True)

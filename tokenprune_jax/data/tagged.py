@@ -174,7 +174,9 @@ def is_known(sentence: Sentence, labels: Sequence[str], bad: BadRows) -> bool:
   at = next((i for i, tag in enumerate(sentence.tags) if tag not in known), None)
   if at is not None:
     shown = ', '.join(labels[:20]) + (', …' if len(labels) > 20 else '')
-    bad.add(sentence.where(at), f'the tag {sentence.tags[at]!r} is none of {shown}')
+    bad.add(
+      sentence.where(at), f'the tag {sentence.tags[at]!r} is none of {shown} (data.labels may name them all)'
+    )
   return at is None
 
 
