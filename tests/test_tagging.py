@@ -9,7 +9,7 @@ import pytest
 
 import tokenprune_jax
 from tests.tiny_run import config, lines
-from tokenprune_jax import data, evaluate, metrics, models, predict, pretrained, settings, tasks, train
+from tokenprune_jax import data, evaluate, metrics, models, pretrained, serve, settings, tagger, tasks, train
 from tokenprune_jax.data import windows
 from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.errors import UserError
@@ -74,8 +74,8 @@ def test_a_run_ends_with_scores_of_spans_and_a_record_a_sentence(run):
 
 def test_the_trained_model_tags_words_strings_and_files(run):
   folder, _ = run
-  tagger, records = tokenprune_jax.load(folder), read(folder / 'predictions_test.jsonl')
-  found = tagger.predict([record['words'] for record in records])
+  model, records = tokenprune_jax.load(folder), read(folder / 'predictions_test.jsonl')
+  found = model.predict([record['words'] for record in records])
   for ours, record in zip(found, records):
     assert list(ours['tags']) == record['predicted'] and list(ours['words']) == record['words']
     np.testing.assert_allclose(ours['probabilities'], record['probabilities'], atol=1e-4)
@@ -86,9 +86,21 @@ def test_the_trained_model_tags_words_strings_and_files(run):
     ['bako', 'dice', 'hape'],
     ['fumo', 'gilu'],
   ]
-  alone = tagger.predict(['bako dice hape', ['fumo', 'gilu']], batch_size=1)
+  alone = model.predict(['bako dice hape', ['fumo', 'gilu']], batch_size=1)
   assert json.loads(json.dumps(alone)) == [{**r, 'probabilities': pytest.approx(r['probabilities'], abs=1e-4)}
                                            for r in read(folder / 'predicted.jsonl')]  # fmt: skip
+
+
+def test_a_server_answers_as_predict_does(run):
+  model = tokenprune_jax.load(run[0])
+  given = [['bako', 'dice'], 'hape', 'fumo bako dice ' * 20, ['gilu']]
+  with model.serve(ladder=serve.Ladder((24,))) as server:
+    answers = list(server.map(given))
+    with pytest.raises(UserError, match='the sentence is empty'):
+      list(server.map([' ']))
+  for answer, expected in zip(answers, model.tagged(given)):
+    assert answer[:2] == expected[:2]
+    np.testing.assert_allclose(answer.probabilities, expected.probabilities, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +132,7 @@ def test_bad_sentences(run, given, message):
 def test_bad_files(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(UserError, match=message):
-    predict.read_sentences(tmp_path / name, settings.DEFAULTS['data'])
+    tagger.read_sentences(tmp_path / name, settings.DEFAULTS['data'])
 
 
 @pytest.mark.parametrize('name, content', [
@@ -131,7 +143,7 @@ def test_bad_files(tmp_path, name, content, message):
 ])  # fmt: skip
 def test_files_of_sentences(tmp_path, name, content):
   (tmp_path / name).write_text(content)
-  assert predict.read_sentences(tmp_path / name, settings.DEFAULTS['data']) == [('bako', 'dice'), ('fumo',)]
+  assert tagger.read_sentences(tmp_path / name, settings.DEFAULTS['data']) == [('bako', 'dice'), ('fumo',)]
 
 
 def test_the_loss_is_the_mean_over_labelled_words_by_weight_in_parts_too():

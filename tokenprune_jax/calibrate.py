@@ -52,7 +52,7 @@ class Calibration:
     if not (self.folder / 'model').is_dir():
       raise UserError(f'{self.folder} is no workdir of a finished run: there is no model/ in it')
     config = json.loads((self.folder / 'config.json').read_text(encoding='utf-8'))
-    self.data, self.seed = {**config['data'], **changes}, config['seed']
+    self.data, self.seed, self.task = {**config['data'], **changes}, config['seed'], config['task']['name']
     self.exported = pretrained.load_exported(self.folder / 'model')
     self.params = jax.device_put(self.exported.params)
     longest = self.data['max_length']
@@ -62,7 +62,7 @@ class Calibration:
   def splits(self) -> Mapping[str, data.Split]:
     """Read when first asked for."""
     tokenizer, length = self.exported.tokenizer, self.data['max_length']
-    return data.load(self.data, tokenizer, length, data.cache_dir(), seed=self.seed).splits
+    return data.LOADERS[self.task](self.data, tokenizer, length, data.cache_dir(), seed=self.seed).splits
 
   def model(self, spec: Mapping[str, Any]) -> models.Classifier:
     """The classifier with a method, by the executor `mask`."""
@@ -90,7 +90,7 @@ class Calibration:
     for output, batch in self.validation(spec).controlled({}):
       found = jax.device_get((output.logits, output.macs, output.dense_macs, batch['label'], batch['weight']))
       logits, own, plain, label, weight = (values[found[-1] > 0] for values in found)
-      right.append(logits.argmax(-1) == label)
+      right.append((logits.argmax(-1) == label)[label >= 0])
       macs, dense = macs + own.sum(dtype=np.float64), dense + plain.sum(dtype=np.float64)
     return Setting(spec, float(np.concatenate(right).mean()), float(macs / dense))
 

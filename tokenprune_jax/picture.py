@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenprune_jax.errors import UserError
 from tokenprune_jax.predict import Predictor, Reading, Word
 
 WIDTH = 1400  # of the PNG in pixels; at 100 dots an inch a point is 1.39 pixels
@@ -34,6 +35,8 @@ def draw(
   predictor: Predictor, text: str | tuple[str, str], png: str = '', page: str = '', title: str = ''
 ) -> None:
   """Draws one text as PNG and HTML page (an empty path: not that one). Raises UserError as `predict` does."""
+  if not isinstance(predictor, Predictor):
+    raise UserError('this model tags words; pictures are drawn of texts that are classified')
   reading = predictor.read(text)
   if png:
     write_png(reading, png, title)

@@ -85,6 +85,14 @@ def cell_problem(row: Row, columns: Columns) -> str:
   return f'{columns.label}: there is no label' if columns.label and not row.label else ''
 
 
+def plain_rows(path: Path, key: str) -> Iterator[Row]:
+  """The lines of a .txt file."""
+  with opened(path, key) as file:
+    for number, line in enumerate(file, 1):  # only \\n, \\r and \\r\\n end a line
+      text = line.rstrip('\r\n')
+      yield Row(number, text, problem=text_problem(text))
+
+
 def read_rows(path: Path, columns: Columns, key: str) -> Iterator[Row]:
   """Rows of the file's format, with errors of the file system as UserError."""
   suffix = suffix_of(path)

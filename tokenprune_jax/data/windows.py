@@ -18,6 +18,7 @@ from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.data.tokenise import Encoded, Encoder, Split, Words
 from tokenprune_jax.errors import UserError
 
+MOST_KNOWN = 1_000_000  # words that a tokenizer's answers are kept of
 UNLABELLED = -1  # label of pieces that are not the first of a word, and of words that another window answers
 
 
@@ -78,6 +79,9 @@ class WordEncoder:
 
   def learn(self, words: Iterable[str]) -> None:
     """Tokenises the words that it has not seen yet."""
+    words = list(words)
+    if len(self.known) > MOST_KNOWN:
+      self.known.clear()
     new = list({word: None for word in words if word not in self.known})
     encoded = self.backend.encode_batch(
       [[word] for word in new], is_pretokenized=True, add_special_tokens=False
@@ -125,7 +129,7 @@ def encode_sentences(
   numbers = {name: i for i, name in enumerate(names)}
   sentences = [sentence for unit in units for sentence in unit]
   encoder.learn(word for sentence in sentences for word in sentence.words)
-  pieces = {word: ids[: encoder.room] for word, ids in encoder.known.items()}
+  pieces = {word: encoder.known[word][: encoder.room] for s in sentences for word in s.words}
   rows, labels, cut, example = [], [], [], []
   for unit in units:
     lengths = [sum(len(pieces[word]) for word in sentence.words) for sentence in unit]

@@ -1,0 +1,153 @@
+"""A trained tagger in use: sentences in; a tag and its probability for each word, and the spans that tags mark, out."""
+
+import collections
+import functools
+import itertools
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tokenprune_jax import compile_cache, data, serve, settings
+from tokenprune_jax.data import files, sentences, tags, windows
+from tokenprune_jax.data.sentences import Sentence
+from tokenprune_jax.errors import UserError
+from tokenprune_jax.runner import Runner
+
+OPTIONS = settings.DEFAULTS['data']['tagging']
+
+
+class Tagged(NamedTuple):
+  """A sentence with the tag that the model gives to each word."""
+
+  words: tuple[str, ...]
+  tags: tuple[str, ...]
+  probabilities: tuple[float, ...]  # of these tags
+
+  @property
+  def spans(self) -> list[dict[str, Any]]:
+    """What the tags mark: kind, first word, the word behind the last, and text; nothing where they mark no spans."""
+    return [
+      {'kind': kind, 'start': start, 'stop': stop, 'text': ' '.join(self.words[start:stop])}
+      for kind, start, stop in tags.spans(self.tags)
+    ]
+
+
+class Tagger(Runner):
+  """A tagger of words. A sentence longer than the model is read in overlapping windows."""
+
+  @functools.cached_property
+  def encoder(self) -> windows.WordEncoder:
+    """The tokenizer, with its length."""
+    return windows.WordEncoder(self.tokenizer, self.max_length)
+
+  def split(self, given: Sequence[Any]) -> data.Split:
+    """Sentences as windows. Raises UserError as `predict` does."""
+    units = [[sentence] for sentence in checked_sentences(given)]
+    return windows.encode_sentences(units, self.encoder, self.labels, 'plain', OPTIONS)
+
+  def answer(self, split: data.Split, probabilities: Sequence[np.ndarray]) -> list[Tagged]:
+    """The tags of a split's sentences; probabilities: [n c] of each example, or more rows, of padding, behind them."""
+    assert split.tags is not None and split.words is not None
+    labelled = [split.tags[split.place(i)] >= 0 for i in range(len(split))]
+    odds = np.concatenate([p[: len(here)][here] for p, here in zip(probabilities, labelled)]).astype(
+      np.float64
+    )
+    best, sure = split.words.tags(odds.argmax(-1)), split.words.cut(np.round(odds.max(-1), 6).tolist())
+    words = [sentence.words for sentence in split.words.sentences]
+    return [Tagged(word, tuple(tag), tuple(p)) for word, tag, p in zip(words, best, sure)]
+
+  def serve(self, **options: Any) -> 'TagServer':
+    """A server of this model; options: those of `serve.Server`. Its programs are kept in JAX's compilation cache."""
+    compile_cache.turn_on()
+    return TagServer(self, serve.Server(self.model, self.params, **options))
+
+  def predict(self, given: Sequence[Any], batch_size: int = 16) -> list[dict[str, Any]]:
+    """One dict a sentence, in order: words, tags, probabilities of these tags and, where tags mark spans, spans.
+
+    given: sentences as lists of words, or as strings, which are parted at white space. spans: [{kind, start, stop, text}].
+    Raises UserError for an empty list, an empty sentence, or something that is no sentence.
+    """
+    marked = tags.scheme_of(self.labels) != 'plain'
+    found = self.tagged(given, batch_size)
+    return [{**sentence._asdict(), **({'spans': sentence.spans} if marked else {})} for sentence in found]
+
+  def tagged(self, given: Sequence[Any], batch_size: int = 16) -> list[Tagged]:
+    """As `predict`."""
+    split = self.split(given)
+    found = {i: result['probabilities'] for i, result in self.results(split, batch_size)}
+    return self.answer(split, [found[i] for i in range(len(split))])
+
+
+class TagServer:
+  """A `serve.Server` that takes sentences, each in as many windows as it needs, and answers with `Tagged`."""
+
+  def __init__(self, tagger: Tagger, server: serve.Server):
+    self.tagger, self.server = tagger, server
+
+  def map(self, given: Iterable[Any], controls: Mapping[str, float] | None = None) -> Iterator[Tagged]:
+    """The answers in the order of the sentences, which are read as there is room. Raises UserError as `Tagger.predict`."""
+    waiting: collections.deque[data.Split] = collections.deque()
+
+    def requests() -> Iterator[np.ndarray]:
+      for sentence in given:
+        waiting.append(self.tagger.split([sentence]))
+        yield from (waiting[-1].ids(i) for i in range(len(waiting[-1])))
+
+    answers = self.server.map(requests(), controls)
+    for answer in answers:
+      split = waiting.popleft()
+      rest = itertools.islice(answers, len(split) - 1)
+      yield from self.tagger.answer(split, [one.probabilities for one in (answer, *rest)])
+
+  def precompile(self) -> int:
+    """As `Server.precompile`."""
+    return self.server.precompile()
+
+  def close(self, cancel: bool = False) -> None:
+    """As `Server.close`."""
+    self.server.close(cancel)
+
+  def __enter__(self) -> 'TagServer':
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    self.close(cancel=error is not None)
+
+
+def checked_sentences(given: Sequence[Any]) -> list[Sentence]:
+  """Sentences of words without tags. Raises UserError as `Tagger.predict` says."""
+  if isinstance(given, str):
+    raise UserError('predict was given one string; expected a list of sentences. Write predict([sentence]).')
+  found = []
+  for number, words in enumerate(given, 1):
+    words = words.split() if isinstance(words, str) else words
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+      raise UserError(f'sentence number {number} is {words!r:.60}; expected a list of words, or a string.')
+    problem = sentences.word_problem(words)
+    if problem:
+      raise UserError(f'sentence number {number}: {problem}')
+    found.append(Sentence(tuple(words), (), 'sentence', number))
+  if not found:
+    raise UserError('there are no sentences to tag; expected one or more.')
+  return found
+
+
+def read_sentences(path: pathlib.Path, spec: Mapping[str, Any]) -> list[tuple[str, ...]]:
+  """The sentences of a file; spec: a run's config.data. Raises UserError naming the line at fault."""
+  found = []
+  if path.suffix == '.txt':
+    for row in files.plain_rows(path, 'config.predict'):
+      words, problem = tuple(row.text.split()), row.problem
+      found.append(Sentence(words, (), str(path), row.line, problem=problem or sentences.word_problem(words)))
+  else:
+    columns = sentences.columns_of(path, spec['text'], spec['label'])._replace(tag='')
+    comment = {**OPTIONS, **spec['tagging']}['comment']
+    found = list(sentences.read(path, columns, comment, 'config.predict'))
+  for sentence in found:
+    if sentence.problem:
+      raise UserError(f'{sentence.where(sentence.at)}: {sentence.problem}. Correct the line or delete it.')
+  if not found:
+    raise UserError(f'{path} holds no sentences; expected one a line.')
+  return [sentence.words for sentence in found]
