@@ -17,10 +17,7 @@ LENGTHS = (14, 9, 5, 2, 1)
 BATCH = ragged_batch(LENGTHS, 14)
 SOME = {'name': 'topk', 'shares': (0.8, 0.6, 0.6, 0.3)}
 FREEZES = {**SOME, 'leavers': 'frozen'}
-ALL = {
-  'name': 'chain',
-  'reducers': (SOME, {'name': 'combine', 'slots': 3, 'layer': 4}),
-}  # what is left is combined
+DEPENDS = settings('threshold', 'TINY')  # how many leave depends on the example
 
 
 def made(spec):
@@ -32,7 +29,7 @@ def close(a, b, tolerance=1e-4):
   np.testing.assert_allclose(a, b, atol=tolerance)
 
 
-@pytest.mark.parametrize('spec', [SOME, FREEZES, ALL])
+@pytest.mark.parametrize('spec', [SOME, FREEZES, DEPENDS])
 def test_compact_equals_mask(spec):
   model, params = made(spec)
   masked, compact = (apply(m, params, BATCH) for m in (model, model.clone(executor='compact')))
@@ -42,7 +39,7 @@ def test_compact_equals_mask(spec):
 
 
 def test_serve_equals_mask():
-  model, params = made(ALL)
+  model, params = made(DEPENDS)
   masked = apply(model, params, BATCH)
   with serve.Server(model, params, ladder=serve.Ladder((8, 16), batch_tokens=32), labels='abc') as server:
     answers = list(server.map([ids[:n] for ids, n in zip(BATCH['ids'], LENGTHS)]))
@@ -56,7 +53,7 @@ def test_serve_equals_mask():
 
 def test_the_board_holds_the_last_state_of_every_token():
   """Against a loop that notes down the state of each token whenever a half block has computed it."""
-  model, params = made(ALL)
+  model, params = made(SOME)
   encoder = Encoder(model.config, model.reducer)
   plain = Encoder(model.config, Reducer())  # the same blocks, without decisions
   variables = {'params': segments.encoder_params(params)}
@@ -98,8 +95,10 @@ def test_what_cannot_read_tokens_says_so():
   for spec, head, message in (
     ({'name': 'none'}, 'family', "task.head is 'family', a head for whole texts"),
     (settings('early_exit', 'TINY'), 'linear', 'leaves tokens for cls, mean only'),
+    (settings('combine', 'TINY'), 'linear', 'leaves tokens for cls, mean only'),
     (settings('sttabt', 'TINY'), 'linear', 'leaves tokens for cls only'),
   ):
     with pytest.raises(UserError, match=message):
       model_and_params(spec, readout='tokens', head=head)
-  assert make_reducer({'name': 'chain', 'reducers': ({'name': 'early_exit'},)}).readouts() == ('cls', 'mean')
+  assert 'tokens' not in make_reducer(settings('chain', 'TINY')).readouts()
+  assert 'tokens' in make_reducer(settings('combine', 'NEUTRAL')).readouts()

@@ -1,11 +1,13 @@
 """Tagging words end to end: the loss and scores against loops, a whole run, its records, and the trained model in use."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 import tokenprune_jax
 from tests.tiny_run import config, lines
@@ -13,6 +15,7 @@ from tokenprune_jax import data, evaluate, metrics, models, pretrained, serve, s
 from tokenprune_jax.data import windows
 from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducers import student
 
 NAMES = ('B-LOC', 'B-PER', 'I-PER', 'O')
 MEANT = {'bako': 'B-PER', 'dice': 'I-PER', 'fumo': 'B-LOC'}
@@ -221,3 +224,20 @@ def test_settings_that_do_not_belong_together():
   ):
     with pytest.raises(UserError, match=message):
       settings.check(config(**{key: value}))
+
+
+def test_a_student_is_distilled_on_labelled_words_alone():
+  random = np.random.default_rng(0)
+  mine, theirs = random.normal(size=(2, 3, 4, 3)).astype(np.float32)
+  label = random.integers(-1, 3, size=(3, 4))
+  batch = {'label': jnp.asarray(label), 'weight': jnp.ones(3)}
+
+  def output(logits):
+    return SimpleNamespace(logits=jnp.where((label >= 0)[..., None], logits, np.inf))
+
+  loss, found = student.distil(lambda *_: output(mine), None, batch, None, lambda _: output(theirs))
+  at = label >= 0
+  task = -np.mean(np.log(softmax(mine[at], 1)[np.arange(at.sum()), label[at]]))
+  p, q = softmax(theirs[at] / 2, 1), softmax(mine[at] / 2, 1)
+  assert float(found['task_loss']) == pytest.approx(task, rel=1e-5)
+  assert float(loss) == pytest.approx(0.5 * (task + 4 * np.mean((p * np.log(p / q)).sum(1))), rel=1e-4)

@@ -8,7 +8,7 @@ import os
 
 
 def load(folder: str | os.PathLike, executor: str = 'compact'):
-  """A `predict.Predictor`, or a `tagger.Tagger`, of a run's workdir or an exported model. Raises UserError where there is none.
+  """A `predict.Predictor` or `tagger.Tagger` from a run's workdir or an exported model. Raises UserError where there is none.
 
   executor: 'compact', which removes tokens where counts or capacities are fixed, or 'mask', which computes everything.
   """

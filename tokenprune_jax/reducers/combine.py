@@ -113,6 +113,9 @@ class Method(Reducer):
         f'reducer.layer is {self.layer}; combining replaces a block after the first, so choose 2 to {depth}'
       )
 
+  def readouts(self) -> tuple[str, ...]:  # of a token that was combined the layers above have nothing to say
+    return ('cls', 'mean') if self.slots else super().readouts()
+
   def setup(self):
     self.tokens = CombinationTokens(self.slots, self.spread)
     self.assign = Assign(self.scale, self.identity, self.noise)
