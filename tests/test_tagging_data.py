@@ -102,6 +102,7 @@ def test_columns_are_numbers_or_keys(load):
     ({'label': ''}, 'neither can be empty'),
     ({'name': 'imdb'}, "'imdb' has no tagged words; choose 'conll2003' or 'file'"),
     ({'name': 'conll2003'}, "name one of these in data.label, which is 'label'"),
+    ({'labels': ('O', 'O')}, 'expected two or more different ones'),
     ({'labels': ('B-PER', 'O')}, r"train_a.conll:4: the tag 'I-PER' is none of B-PER, O"),
   ):
     with pytest.raises(UserError, match=message):

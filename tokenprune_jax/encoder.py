@@ -304,9 +304,7 @@ class Encoder(nn.Module):
   reducer: Reducer
   executor: str = 'mask'  # or 'compact'; 'serve': keys and rows are gathered, the stream is the host's
   protect_first: bool = False  # the read-out needs slot 0 ([CLS])
-  restore: bool = (
-    False  # the read-out needs every token: states of those that leave go to memory['board'] [b N d]
-  )
+  restore: bool = False  # the read-out needs every token: states of those that leave go to memory['board']
 
   def setup(self):
     c, compact = self.config, self.executor != 'mask'

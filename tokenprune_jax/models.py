@@ -17,7 +17,7 @@ from tokenprune_jax import flops, reducers
 from tokenprune_jax.encoder import Encoder, EncoderConfig, Trace
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
-from tokenprune_jax.reducer import Inputs, Reducer, read_out
+from tokenprune_jax.reducer import Inputs, Memory, Reducer, read_out
 from tokenprune_jax.tasks import weighted_mean
 
 HEADS = ('linear', 'family')
@@ -102,6 +102,14 @@ class Head(nn.Module):
     return Dense(self.labels, 'float32', name='out')(drop(x))
 
 
+def answered(logits: Float[Array, 'b *N c'], memory: Memory) -> Float[Array, 'b *N c']:
+  """The last head's logits or, of examples that have exited, those that they exited with."""
+  if 'exited' not in memory:
+    return logits
+  exited = memory['exited'].reshape(-1, *[1] * (logits.ndim - 1))
+  return jnp.where(exited, memory['prediction'], logits)
+
+
 def encoder_of(model: 'Classifier', executor: str, name: str | None = None) -> Encoder:
   """A model's encoder under an executor."""
   reads_first, reads_all = model.readout == 'cls', model.readout == 'tokens'
@@ -153,9 +161,7 @@ class Classifier(nn.Module):
     tokens, memory, trace = encoder(inputs, train)
     read = read_out(tokens, self.readout, memory)
     logits = Head(self.config, self.labels, self.head, name='head')(read, train)
-    if 'exited' in memory:
-      exited = memory['exited'].reshape(-1, *[1] * (logits.ndim - 1))
-      logits = jnp.where(exited, memory['prediction'], logits)
+    logits = answered(logits, memory)
     if self.readout == 'tokens':
       logits = jnp.where(batch['mask'][..., None], logits, 0)
     macs = flops.trace_macs(self.config, self.labels, self.counted_head, trace)

@@ -19,7 +19,7 @@ from tokenprune_jax import flops
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder, overheads
 from tokenprune_jax.ladder import QUARTERS
-from tokenprune_jax.models import Classifier, Head, encoder_of
+from tokenprune_jax.models import Classifier, Head, answered, encoder_of
 from tokenprune_jax.reducer import Half, Inputs, Memory, read_out
 from tokenprune_jax.tokens import Capacity, Tokens
 
@@ -61,7 +61,7 @@ class Segment(NamedTuple):
 class Report(NamedTuple):
   """Per example [b], after a segment: what the host decides by.
 
-  answer [b c], of a tagger at the end [b N c]: where exited, or at the end.
+  answer [b c], of a tagger [b N c]: where exited, or at the end.
   """
 
   live: Array  # input slots
@@ -125,7 +125,7 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
   if segment.last:
     head = Head(model.config, model.labels, model.head)
     logits: Any = head.apply({'params': params['head']}, read_out(tokens, model.readout, memory), False)
-    answer = logits if model.readout == 'tokens' else jnp.where(exited[:, None], answer, logits)
+    answer = answered(logits, memory)
   elif model.readout == 'tokens':  # the host takes away the slots that are gone
     memory = {**memory, 'board': stream.restored(memory['board'], tokens)}
   inputs = tokens.x.shape[1] - tokens.added

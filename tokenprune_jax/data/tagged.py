@@ -159,13 +159,15 @@ def rewritten(sentence: Sentence, scheme: str, target: str) -> Sentence:
 
 def label_names(spec: Mapping[str, Any], usable: Mapping[str, Sequence[Sentence]]) -> tuple[str, ...]:
   """data.labels, or the tags of the training sentences in order; of CoNLL-2003, a closed set, those of all splits."""
-  if spec['labels']:
-    return tuple(map(str, spec['labels']))
-  known = usable.values() if spec['name'] == CONLL else [usable['train']]
-  names = {tag for found in known for sentence in found for tag in sentence.tags}
-  if len(names) < 2:
-    raise UserError(f'the tags of the training sentences are {sorted(names)}; expected two or more')
-  return tuple(sorted(names, key=label_order))
+  names = list(map(str, spec['labels']))
+  if not names:
+    known = usable.values() if spec['name'] == CONLL else [usable['train']]
+    names = sorted({tag for found in known for sentence in found for tag in sentence.tags}, key=label_order)
+  if len(set(names)) < max(2, len(names)):
+    raise UserError(
+      f'the tags are {names}; expected two or more different ones. data.labels may name them all'
+    )
+  return tuple(names)
 
 
 def is_known(sentence: Sentence, labels: Sequence[str], bad: BadRows) -> bool:
