@@ -116,7 +116,8 @@ def test_a_group_scales_the_whole_update():
 def test_accumulating_equals_the_big_batch_whatever_the_weights():
   rng = np.random.default_rng(0)
   weights = jnp.asarray(rng.normal(size=(5,)), jnp.float32)
-  batch = {'x': rng.normal(size=(8, 5)), 'weight': np.array([1, 0, 2, 1, 0, 0, 1, 0.5])}
+  weight = np.array([1, 0, 2, 1, 0, 0, 1, 0.5])
+  batch = {'x': rng.normal(size=(8, 5)), 'label': np.zeros(8, int), 'weight': weight}
   batch = {name: jnp.asarray(value, jnp.float32) for name, value in batch.items()}
 
   def gradient(batch, key):
