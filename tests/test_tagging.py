@@ -45,8 +45,8 @@ def run(tmp_path_factory):
     task__name='tag', task__readout='tokens', data__name='file', data__max_length=24, data__buckets=(24,),
     data__train=str(folder / 'train.conll'), data__valid=str(folder / 'test.conll'), data__test=str(folder / 'test.conll'),
     data__train_limit=0, data__valid_limit=0, data__test_limit=0,
-    model__executor='compact', reducer={'name': 'topk', 'ratio': 0.8}, stages=({'name': 'tune', 'epochs': 5},),
-    optimizer__learning_rate=3e-3, predict=str(folder / 'words.txt'),
+    model__executor='compact', reducer={'name': 'topk', 'ratio': 0.8}, stages=({'name': 'tune', 'epochs': 4},),
+    optimizer__learning_rate=4e-3, predict=str(folder / 'words.txt'),
   )  # fmt: skip
   return folder / 'run', train.run(wanted, folder / 'run')
 
