@@ -19,8 +19,14 @@ LENGTHS = (14, 9, 5, 2, 1)
 BATCH = ragged_batch(LENGTHS, 14)
 FAMILIES = {
   'bert': TINY_CONFIG,
-  'mpnet': dataclasses.replace(
-    TINY_CONFIG, family='mpnet', type_vocab=0, position_offset=2, relative_buckets=32, pad_id=1
+  'mpnet': dataclasses.replace(  # one or two rows at a time
+    TINY_CONFIG,
+    family='mpnet',
+    type_vocab=0,
+    position_offset=2,
+    relative_buckets=32,
+    pad_id=1,
+    group_slots=20,
   ),
 }
 
@@ -36,23 +42,18 @@ def close(a, b, tolerance=1e-4):
 
 
 @pytest.mark.parametrize(
-  ('family', 'group_slots'), [('bert', 0), ('mpnet', 20)]
-)  # 20: one or two rows at a time
-def test_compact_equals_mask(name, group_slots, family):
-  config = dataclasses.replace(FAMILIES[family], group_slots=group_slots)
-  model, params = model_and_params(settings(name, 'TINY'), config)
+  ('family', 'changes'),
+  [('bert', {}), ('mpnet', {}), ('mpnet', {'kernel': 'xla', 'joint': True, 'group_slots': 0})],
+)  # the last: fused attention, one product for queries, keys and values, and all rows at once
+def test_compact_equals_mask(name, family, changes):
+  model, params = model_and_params(settings(name, 'TINY'), FAMILIES[family])
   masked = apply(model, params, BATCH)
-  compact = apply(model.clone(executor='compact'), params, BATCH)
+  other = model.clone(executor='compact', config=dataclasses.replace(model.config, **changes))
+  compact = apply(other, params, BATCH)
   assert not np.asarray(compact.trace.overflow).any()
   close(masked.logits, compact.logits)
   for field in ('keys', 'queries', 'rows', 'kept'):
     close(getattr(masked.trace, field), getattr(compact.trace, field), 1e-5)
-
-
-def test_fused_attention_and_joint_products_change_nothing(name):
-  model, params = model_and_params(settings(name, 'TINY'), FAMILIES['mpnet'], executor='compact')
-  other = model.clone(config=dataclasses.replace(model.config, kernel='xla', joint=True))
-  close(apply(model, params, BATCH).logits, apply(other, params, BATCH).logits)
 
 
 def test_serve_equals_mask(name):  # MPNet, whose bias follows each token to its new place
@@ -120,9 +121,8 @@ def test_what_padding_holds_changes_nothing_bit_for_bit(name):
   np.testing.assert_array_equal(apply(model, params, BATCH).logits, apply(model, params, other).logits)
 
 
-@pytest.mark.parametrize('executor', ['mask', 'compact'])
-def test_neutral_setting_is_the_plain_encoder(name, executor):
-  model, own = model_and_params(settings(name, 'NEUTRAL'), executor=executor)
+def test_neutral_setting_is_the_plain_encoder(name):
+  model, own = model_and_params(settings(name, 'NEUTRAL'), executor='compact')
   plain, params = model_and_params({'name': 'none'}, readout=model.readout)
   both = {**own, **params}
   close(apply(plain, params, BATCH).logits, apply(model, both, BATCH).logits, 1e-6)
@@ -145,7 +145,7 @@ def test_the_class_token_is_kept_when_it_is_read_out(name):
 
 
 def test_costs_are_counted_on_real_tokens(name):
-  model, params = model_and_params(settings(name, 'TINY'))
+  model, params = model_and_params(settings(name, 'TINY'), executor='compact')
   trace = apply(model, params, BATCH).trace
   macs = np.asarray(flops.trace_macs(model.config, 3, 'linear', trace))
   wider = apply(model, params, {k: np.pad(v, ((0, 0), (0, 4))) for k, v in BATCH.items()}).trace
