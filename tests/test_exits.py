@@ -157,10 +157,8 @@ def test_patience_counts_answers_in_a_row():
       assert (np.asarray(output.trace.rows)[row] > 0).sum() == left
 
 
-@pytest.mark.parametrize(
-  ('head', 'criterion'),
-  [*((head, 'entropy') for head in exit_heads.HEADS), ('linear', 'max_probability'), ('linear', 'patience')],
-)
+@pytest.mark.parametrize('head', exit_heads.HEADS)
+@pytest.mark.parametrize('criterion', early_exit.NEVER)
 def test_limits(head, criterion):
   """Nobody leaves: the dense model. All leave: the first exit, and one layer."""
   spec = {'name': 'early_exit', 'layers': (1, 3), 'head': head, 'criterion': criterion, 'threshold': 1.0}
@@ -290,7 +288,7 @@ def test_temperatures_are_fitted_on_what_the_exits_said_without_them():
   assert early_exit.finish({}, None) == {}
 
 
-def test_exits_of_a_pyramid_are_trained_on_pruned_states(tmp_path):
+def test_magic_pyramid_in_four_stages(tmp_path):
   pyramid = {
     'name': 'chain',
     'reducers': (
@@ -301,7 +299,15 @@ def test_exits_of_a_pyramid_are_trained_on_pruned_states(tmp_path):
   still = {'layers': (), 'fit_temperatures': False}
   wanted = tiny_config(reducer=pyramid)
   wanted['stages'] = (
-    {'name': 'hard', 'epochs': 1, 'reducer': {'early_exit': still}},
+    {'name': 'tune', 'epochs': 1, 'reducer': {'name': 'none'}},
+    {'name': 'soft', 'epochs': 1, 'init': 'tune', 'reducer': {'ltp': {'mode': 'soft'}, 'early_exit': still}},
+    {
+      'name': 'hard',
+      'epochs': 1,
+      'init': 'soft',
+      'train': 'encoder/.*|head/.*',
+      'reducer': {'early_exit': still},
+    },
     {'name': 'exits', 'epochs': 1, 'init': 'hard', 'train': 'reducer/reducers_1/.*', 'objective': 'exits'},
   )
   outcome = train.run(wanted, tmp_path)

@@ -121,8 +121,9 @@ def test_what_padding_holds_changes_nothing_bit_for_bit(name):
   np.testing.assert_array_equal(apply(model, params, BATCH).logits, apply(model, params, other).logits)
 
 
-def test_neutral_setting_is_the_plain_encoder(name):
-  model, own = model_and_params(settings(name, 'NEUTRAL'), executor='compact')
+@pytest.mark.parametrize('executor', ['mask', 'compact'])
+def test_neutral_setting_is_the_plain_encoder(name, executor):
+  model, own = model_and_params(settings(name, 'NEUTRAL'), executor=executor)
   plain, params = model_and_params({'name': 'none'}, readout=model.readout)
   both = {**own, **params}
   close(apply(plain, params, BATCH).logits, apply(model, both, BATCH).logits, 1e-6)
