@@ -125,12 +125,7 @@ def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]
   order = np.random.default_rng(0).permutation(len(test))[: options.documents]
   rows = [test.ids(int(i)) for i in order]
   shapes = serving.dense_batches(rows, ladder.Ladder().settled(LONGEST), dense.config.pad_id)
-  programs: dict[str, Any] = {}
-  for shape, batches in shapes.items():
-    for way, slots in (('whole', 0), ('grouped', -1)):
-      model = speed.with_config(dense, group_slots=slots)
-      programs[f'dense_{shape}_{way}'] = timing.Forward(model, params, batches)
-  programs['dense_served'] = timing.Served(dense, params, rows)
+  programs: dict[str, Any] = dict(serving.dense_programs(dense, params, shapes, rows))
   for point in points[1:]:
     run, params = trained(point, options.runs)
     model = run.model(point.spec).clone(executor='compact')
@@ -139,10 +134,7 @@ def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]
   load = measure.quiet(options.allow_load)
   times = timing.in_turns(programs, options.repeats)
   programs['dense_served'].close()
-  best = {
-    kind: min((name for name in times if name.startswith(kind)), key=lambda name: times[name]['seconds'], default=None)
-    for kind in ('dense', 'torch')
-  }  # fmt: skip
+  best = {kind: serving.fastest(times, kind) for kind in ('dense', 'torch')}
   seconds = {kind: times[name]['seconds'] if name else None for kind, name in best.items()}
   others = {name: times[name] for name in times if name.startswith(('dense', 'torch'))}
   return [

@@ -15,7 +15,6 @@ Then documents arrive one by one, at 95% of the rate at which they were served a
 """
 
 import argparse
-import dataclasses
 import pathlib
 import shlex
 import sys
@@ -111,6 +110,25 @@ def dense_batches(
   return {'padded': padded, 'bucketed': bucketed}
 
 
+def dense_programs(
+  model: Classifier, params: Any, shapes: dict[str, list[dict]], rows: Sequence[np.ndarray]
+) -> dict[str, timing.Forward | timing.Served]:
+  """The ways to run a dense model: on each layout, whole batches and groups of rows that stay in the cache; and served."""
+  found: dict[str, timing.Forward | timing.Served] = {}
+  for shape, batches in shapes.items():
+    for way, slots in (('whole', 0), ('grouped', -1)):
+      changed = speed.with_config(model, group_slots=slots)
+      found[f'dense_{shape}_{way}'] = timing.Forward(changed, params, batches)
+  return {**found, 'dense_served': timing.Served(model, params, rows)}
+
+
+def fastest(times: dict[str, dict[str, Any]], kind: str = 'dense') -> str | None:
+  """The name of the fastest program of those whose names begin with `kind`; None where there is none."""
+  return min(
+    (name for name in times if name.startswith(kind)), key=lambda name: times[name]['seconds'], default=None
+  )
+
+
 class Timed(NamedTuple):
   """A program, the executor it runs by, and what it costs as a share of dense's multiply-adds."""
 
@@ -126,18 +144,16 @@ def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Timed
   )
   rows, tuning = documents(dataset, weights, options.documents)
   ladder, pad = serve.Ladder().settled(weights.config.max_length), weights.config.pad_id
-  found: dict[str, Timed] = {}
 
-  def made(spec: dict[str, Any], **changes: Any) -> tuple[Classifier, Any]:
-    model = speed.made(spec, dataclasses.replace(weights.config, **changes))
+  def made(spec: dict[str, Any]) -> tuple[Classifier, Any]:
+    model = speed.made(spec, weights.config)
     return model, jax.device_put({**speed.random_params(model), 'encoder': weights.params['encoder']})
 
   shapes = dense_batches(rows, ladder, pad)
-  for shape, batches in shapes.items():
-    for way, slots in (('whole', 0), ('grouped', -1)):
-      program = timing.Forward(*made({'name': 'none'}, group_slots=slots), batches)
-      found[f'dense_{shape}_{way}'] = Timed(program, 'mask', 1.0)
-  found['dense_served'] = Timed(timing.Served(*made({'name': 'none'}), rows, {}), 'serve', 1.0)
+  found = {
+    name: Timed(program, 'serve' if isinstance(program, timing.Served) else 'mask', 1.0)
+    for name, program in dense_programs(*made({'name': 'none'}), shapes, rows).items()
+  }
   wanted = speed.specs(weights.config.depth)
   others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
   for name in options.methods or ('threshold', 'early_exit', 'topk'):
@@ -164,7 +180,7 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     name: len(timed.program.server.programs) for name, timed in table.items() if timed.executor == 'serve'
   }
   times = timing.in_turns({name: timed.program for name, timed in table.items()}, options.repeats)
-  best = min((name for name in table if name.startswith('dense')), key=lambda name: times[name]['seconds'])
+  best = fastest(times)
   dense, found = times[best]['seconds'], []
   for name, (program, executor, macs) in table.items():
     ratio = dense / times[name]['seconds']

@@ -56,17 +56,12 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
     print(f'{dataset}: its dense run is not measured; nothing to time', flush=True)
     return
   dense = waiting[0][1]
-  test, pad = dense.splits['test'], dense.exported.config.pad_id
+  plain, test = dense.model({'name': 'none'}), dense.splits['test']
   order = np.random.default_rng(0).permutation(len(test))[: options.documents]
   rows = [test.ids(int(place)) for place in order]
   ladder = serve.Ladder().settled(max(map(len, rows)))
-  batches = serving.dense_batches(rows, ladder, pad, SIZE)['bucketed']
-  programs: dict[str, timing.Forward | timing.Served] = {}
-  for way, slots in (('whole', 0), ('grouped', -1)):
-    model = speed.with_config(dense.model({'name': 'none'}), group_slots=slots)
-    programs[f'dense_{way}'] = timing.Forward(model, dense.params, batches)
-  programs['dense_served'] = timing.Served(dense.model({'name': 'none'}), dense.params, rows)
-  macs = {}
+  batches = serving.dense_batches(rows, ladder, plain.config.pad_id, SIZE)['bucketed']
+  programs, macs = serving.dense_programs(plain, dense.params, {'bucketed': batches}, rows), {}
   for point, trained in waiting[1:]:
     name, spec = label(point), point['reducer']
     model = trained.model(spec)
@@ -79,12 +74,11 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
     print(f'{dataset} {name}: compiled in {programs[name].compile_seconds:.0f} s', flush=True)
   load = measure.quiet(options.allow_load)
   times = timing.in_turns(programs, options.repeats)
-  best = min((name for name in times if name.startswith('dense')), key=lambda name: times[name]['seconds'])
+  best = serving.fastest(times)
   for point, _ in waiting:
-    plain = point is waiting[0][0]
-    name = best if plain else label(point)
+    name = best if point is waiting[0][0] else label(point)
     ratio = times[best]['seconds'] / times[name]['seconds']
-    share = 1.0 if plain else macs[name]
+    share = macs.get(name, 1.0)
     point['time'] = {
       **times[name], 'documents': len(rows), 'dense': best, 'time_ratio': ratio, 'mac_ratio': share,
       'efficiency': ratio * share, 'load_of_others': load, 'commit': report.commit(),
@@ -128,12 +122,12 @@ def main() -> None:
   parser.add_argument('--runs', default='runs', help='folder of the workdirs')
   parser.add_argument('--results', default='results', help='folder of the result files')
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
+  parser.set_defaults(data='')  # what runs are made from
   options = parser.parse_args()
   unknown = [name for name in options.methods if name not in METHODS]
   unknown += [name for name in options.datasets if name not in PLANS[options.study].seeds]
   if unknown:
     parser.error(f'the study {options.study} has no {unknown[0]!r}')
-  options.data = ''
   study = text_pruning.Study(options, f'python benchmarks/text_pruning.py --study={options.study}')
   for dataset in options.datasets or study.plan.seeds:
     timed(study, options, dataset)

@@ -314,8 +314,8 @@ class Encoder(nn.Module):
   def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Tokens, Memory, Trace]:
     b, length = inputs.ids.shape
     tokens, memory = self.begin(inputs, train)
-    added = tokens.added
     real = inputs.mask.sum(-1, dtype=jnp.float32)
+    slots = real + tokens.added
     overflow, counts = jnp.zeros(b, bool), {}
     if self.executor == 'compact':
       tokens, overflow = stream.compress(tokens)
@@ -327,7 +327,7 @@ class Encoder(nn.Module):
     if self.is_initializing():  # a replaced block stays in the tree, so that one backbone fits every method
       for l in set(range(1, self.config.depth + 1)) - set(self.reducer.blocks(self.config.depth)):
         self.block[str(l)].feed_forward(self.block[str(l)].attend(tokens, None, (), False)[0], False)
-    about = {'slots': real + added, 'tokens': real, 'overflow': overflow}
+    about = {'slots': slots, 'tokens': real, 'overflow': overflow}
     return tokens, memory, trace(counts, memory, about, self.config.depth, length)
 
   def halves(self) -> tuple[Half, ...]:

@@ -95,11 +95,7 @@ def by_convention(
   counts = {column: getattr(trace, column) * stretch[:, None] for column in COUNTS}
   parts = block_parts(config, *counts.values())
   total = parts['projections'] + parts['feed_forward'] + (parts['attention'] if how.attention else 0)
-  own = (
-    trace.evidence.sum(-1)
-    + sum(trace.overhead.values(), 0 * trace.slots)
-    + head_macs(config, labels, head, trace.tokens)
-  )
+  own = trace.evidence.sum(-1) + sum(trace.overhead.values()) + head_macs(config, labels, head, trace.tokens)
   return how.factor * (total.sum(-1) + (own if how.own else 0))
 
 

@@ -4,7 +4,6 @@ The label of a word sits on its first piece. Where windows overlap, a word is la
 alone: the one in which it has most context, counted in word pieces on its poorer side.
 """
 
-import copy
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,9 +95,8 @@ def with_space_before_words(backend: tokenizers.Tokenizer) -> tokenizers.Tokeniz
   splitter = content.get('pre_tokenizer') or {}
   if splitter.get('type') != 'ByteLevel' or splitter.get('add_prefix_space'):
     return backend
-  changed = copy.deepcopy(content)
-  changed['pre_tokenizer']['add_prefix_space'] = True
-  return tokenizers.Tokenizer.from_str(json.dumps(changed))
+  splitter['add_prefix_space'] = True
+  return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def joined(sentences: Sequence[Sentence], lengths: Sequence[int], room: int) -> list[list[Sentence]]:
@@ -140,13 +138,14 @@ def encode_sentences(
       if sum(counts) > encoder.room and options['long'] == 'error':
         raise UserError(too_long(group[0], sum(counts), encoder))
       for window in windows(counts, encoder.room, options['overlap']):
-        label = [tag if window.first <= i < window.last else UNLABELLED for i, tag in enumerate(tags)]
-        read = range(window.start, window.stop)
+        read, own = range(window.start, window.stop), range(window.first, window.last)
         rows.append([*encoder.before, *(id for i in read for id in pieces[words[i]]), *encoder.behind])
         labels.append(
           [
             *[UNLABELLED] * len(encoder.before),
-            *(x for i in read for x in (label[i], *[UNLABELLED] * (counts[i] - 1))),
+            *(
+              x for i in read for x in (tags[i] if i in own else UNLABELLED, *[UNLABELLED] * (counts[i] - 1))
+            ),
             *[UNLABELLED] * len(encoder.behind),
           ]
         )
