@@ -1,11 +1,13 @@
 """Methods on texts, all on one footing: learned pruning (LTP, STTABT, PoWER-BERT, top-k, …), or exits and both.
 
     python benchmarks/text_pruning.py [--study=text_pruning|exits] [--data=data] [--runs=runs] [--rows=N] [--results=results]
+                                      [--train_only=DATASETS]
 
 One dense MiniLM-L6 a dataset and seed, which every method starts from (configs/prune.py); what takes a budget is trained at
 about 0.4 of dense's multiply-adds, and then set to others on the validation split, without training. The test split only
 reports. `--data` holds sst2/ and ag_news/, each with train, valid and test.jsonl.gz: lines {"text": …, "label": …}. The
-queue goes on with the same command after any stop, and writes results/STUDY.json, its table and its plots.
+queue goes on with the same command after any stop, and writes results/STUDY.json, its table and its plots. A second process
+may train some datasets' runs beside it (`--train_only=ag_news,pooled`), which the queue then only measures.
 
 The study of pruning asks besides: what a dense checkpoint loses without any training, on these and BBC News; how near a
 distilled ApproxNet comes to the true attention; and how methods trained on the shortest half of the texts do on longer ones.
@@ -24,7 +26,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, report, text_page
+from benchmarks import accuracy, report, speed, text_page
 from benchmarks.studies import Row
 from benchmarks.text_runs import (
   KEEP,
@@ -226,10 +228,21 @@ class Study:
     """A run's workdir."""
     return pathlib.Path(accuracy.workdir_of(row, self.options.runs))
 
+  def done(self, row: Row) -> bool:
+    """Whether a run is trained."""
+    return (self.folder(row) / 'result.json').exists()
+
+  def train(self, datasets: list[str]) -> None:
+    """Runs the rows of these datasets that are not finished."""
+    for row in self.runs:
+      if row.dataset in datasets and not self.done(row):
+        print(f'{row.dataset} {row.name} seed {row.seed}', flush=True)
+        accuracy.run(row, self.options.runs)
+
   def finish(self, row: Row) -> None:
     """Runs a row where it is not finished, and measures its points."""
     places = self.missing(row)
-    if not (self.folder(row) / 'result.json').exists():
+    if not self.done(row):
       made = accuracy.run(row, self.options.runs)
       if not made['metrics']:
         for place in places:
@@ -245,19 +258,18 @@ class Study:
 
   def without_training(self) -> None:
     """Dense checkpoints under methods that they were not trained with."""
-    approx_run = self.folder(approx_row(0))
-    if not (approx_run / 'result.json').exists():
+    if not self.done(approx_row(0)):
       return
-    approx = Trained(approx_run).params['reducer']
+    approx = Trained(self.folder(approx_row(0))).params['reducer']
     for dataset in ('sst2', 'ag_news', 'bbc'):
-      folder = self.folder(dense_row(dataset, 0))
+      row = dense_row(dataset, 0)
       places = [
         place for place, point in enumerate(self.document['rows'])
         if point['variant'] == 'untrained' and point['dataset'] == dataset and not point['metrics']
       ]  # fmt: skip
-      if not (folder / 'result.json').exists() or not (places or dataset not in self.document['divergences']):
+      if not self.done(row) or not (places or dataset not in self.document['divergences']):
         continue
-      dense = Trained(folder, FOUND_ON)
+      dense = Trained(self.folder(row), FOUND_ON)
       for place in places:
         point = self.document['rows'][place] = untrained(self.document['rows'][place], dense, approx)
         tell(point)
@@ -285,15 +297,22 @@ def main() -> None:
   parser.add_argument('--runs', default='runs', help='folder of the workdirs')
   parser.add_argument('--rows', type=int, default=10**6, help='stop after this many runs')
   parser.add_argument('--results', default='results', help='folder of the result files')
+  parser.add_argument(
+    '--train_only', type=speed.words, default=[], help='train the runs of these datasets and measure nothing'
+  )
   options = parser.parse_args()
   try:
     write_corpora(options)
   except UserError as error:
     raise SystemExit(f'error: {error}') from error
   study = Study(options, f'python benchmarks/text_pruning.py --study={options.study}')
-  waiting = [
-    row for row in study.runs if study.missing(row) or not (study.folder(row) / 'result.json').exists()
-  ]
+  if options.train_only:
+    unknown = set(options.train_only) - {row.dataset for row in study.runs}
+    if unknown:
+      parser.error(f'--train_only: the study has no runs on {", ".join(sorted(unknown))}')
+    study.train(options.train_only)
+    return
+  waiting = [row for row in study.runs if study.missing(row) or not study.done(row)]
   for number, row in enumerate(waiting[: options.rows], 1):
     print(f'[{number}/{len(waiting)}] {row.dataset} {row.name} seed {row.seed}', flush=True)
     study.finish(row)
