@@ -99,9 +99,9 @@ def test_the_headline_is_chosen_on_validation_and_never_on_test():
 
 
 def test_settings_of_the_headline_fit_the_model():
-  for setting in headline.settings('bbc', 'runs'):
+  for setting in headline.settings('bbc'):
     make_reducer(setting.spec).check(6, 12)
-  assert [setting.method for setting in headline.settings('bbc', 'runs')].count('topk') == len(headline.ENDS)
+  assert [setting.method for setting in headline.settings('bbc')].count('topk') == len(headline.ENDS)
 
 
 def test_batches_of_documents_hold_each_document_once():
