@@ -80,7 +80,8 @@ def trained(setting: Setting, runs: str) -> tuple[Trained, Any]:
 
 def scored(setting: Setting, run: Trained, params: Any) -> dict[str, Any]:
   """Accuracy on both splits, and which test documents were right."""
-  valid, test = (run.evaluate(setting.spec, split, params) for split in ('valid', 'test'))
+  # Counts are fixed, so that `compact` answers as `mask` does, in less time.
+  valid, test = (run.evaluate(setting.spec, split, params, 'compact') for split in ('valid', 'test'))
   return {
     'dataset': setting.row.dataset, 'method': setting.method, 'name': setting.name, 'reducer': setting.spec,
     'run': accuracy.workdir_of(setting.row, 'runs'), 'valid': valid['metrics']['accuracy'],

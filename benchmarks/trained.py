@@ -14,11 +14,14 @@ SCORES = ('accuracy', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'loss')
 class Trained(Calibration):
   """The model that a run left in its workdir, measured on its splits."""
 
-  def evaluate(self, spec: Mapping[str, Any], split: str = 'test', params: Any = None) -> dict[str, Any]:
+  def evaluate(
+    self, spec: Mapping[str, Any], split: str = 'test', params: Any = None, executor: str = 'mask'
+  ) -> dict[str, Any]:
     """The measured part of a row of a result file; params: in place of the run's own."""
     start = time.monotonic()
+    model, params = self.model(spec).clone(executor=executor), self.params if params is None else params
     found, records = evaluate.evaluate(
-      self.model(spec), self.params if params is None else params, self.splits[split], tasks.make('classify'),
+      model, params, self.splits[split], tasks.make('classify'),
       batch_size=BATCH, buckets=self.buckets, pad_id=self.exported.config.pad_id,
     )  # fmt: skip
     return {
