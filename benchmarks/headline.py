@@ -12,11 +12,12 @@ programs do not disturb.
 """
 
 import argparse
+import functools
 import importlib.util
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 sys.path.insert(
@@ -25,7 +26,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, measure, report, serving, speed
+from benchmarks import accuracy, measure, report, serving, speed, turns
 from benchmarks.selection_rules import TITLES
 from benchmarks.studies import DATASETS, Row
 from benchmarks.trained import Trained
@@ -90,7 +91,7 @@ def scored(setting: Setting, run: Trained, params: Any) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def torch_ways(rows: Sequence[np.ndarray], batches: Sequence[dict], shape: Any) -> dict[str, Callable]:
+def torch_ways(rows: Sequence[np.ndarray], batches: Sequence[dict], shape: Any) -> turns.Makers:
   """torch SDPA on the bucketed batches, and on one document after the other without any padding."""
   if importlib.util.find_spec('torch') is None:
     return {}
@@ -114,39 +115,52 @@ def torch_ways(rows: Sequence[np.ndarray], batches: Sequence[dict], shape: Any) 
 
   alone = [(row[None].astype(np.int64), np.ones((1, len(row)), bool)) for row in rows]
   return {
-    'torch_bucketed': way([(batch['ids'], batch['mask']) for batch in batches]),
-    'torch_alone': way(alone),
+    'torch_bucketed': lambda: way([(batch['ids'], batch['mask']) for batch in batches]),
+    'torch_alone': lambda: way(alone),
   }
 
 
 def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """The rows of a dataset with what they take on `--documents` test documents."""
-  points = list(settings(dataset))
-  run, params = trained(points[0], options.runs)
-  dense, test = run.model(points[0].spec), run.splits['test']
+  """The rows of a dataset with what they take on `--documents` test documents, each in turns with dense and torch."""
+  points = {point.name: point for point in settings(dataset)}
+  run, params = trained(points['dense'], options.runs)
+  dense, test = run.model(points['dense'].spec), run.splits['test']
   order = np.random.default_rng(0).permutation(len(test))[: options.documents]
   rows = [test.ids(int(i)) for i in order]
   shapes = serving.dense_batches(rows, ladder.Ladder().settled(LONGEST), dense.config.pad_id)
-  programs: dict[str, Any] = dict(serving.dense_programs(dense, params, shapes, rows))
-  for point in points[1:]:
+  ways: dict[str, Any] = {}
+  plain = serving.dense_ways(dense, params, shapes, rows)
+  peers = torch_ways(rows, shapes['bucketed'], dense.config)
+  best = [
+    turns.fastest(
+      makers, options.repeats, options.allow_load, lambda turn: ways.update({turn.name: turn.own})
+    )
+    for makers in (plain, peers)
+  ]
+  beside = {turn.name: turn.program for turn in best if turn}
+  names = {kind: turn.name if turn else None for kind, turn in zip(('dense', 'torch'), best)}
+
+  def program(point: Setting) -> timing.Forward:
     run, params = trained(point, options.runs)
-    model = run.model(point.spec).clone(executor='compact')
-    programs[point.name] = timing.Forward(model, params, shapes['bucketed'])
-  programs |= torch_ways(rows, shapes['bucketed'], dense.config)
-  load = measure.quiet(options.allow_load)
-  times = timing.in_turns(programs, options.repeats)
-  programs['dense_served'].close()
-  best = {kind: serving.fastest(times, kind) for kind in ('dense', 'torch')}
-  seconds = {kind: times[name]['seconds'] if name else None for kind, name in best.items()}
-  others = {name: times[name] for name in times if name.startswith(('dense', 'torch'))}
-  return [
-    {
-      **row, **(times[best['dense']] if row['method'] == 'dense' else times[row['name']]),
-      'documents': len(rows), 'dense': best['dense'], 'torch': best['torch'], 'dense_seconds': seconds['dense'],
-      'torch_seconds': seconds['torch'], 'load_of_others': load, 'ways': others if row['method'] == 'dense' else None,
-    }
-    for row in found
-  ]  # fmt: skip
+    return timing.Forward(run.model(point.spec).clone(executor='compact'), params, shapes['bucketed'])
+
+  def written(row: dict[str, Any], times: dict[str, Any], own: dict[str, Any], load: Any) -> dict[str, Any]:
+    seconds = {f'{kind}_seconds': times[name]['seconds'] if name else None for kind, name in names.items()}
+    about = {**own, **names, **seconds, 'documents': len(rows), 'load_of_others': load}
+    return {**row, **about, 'ways': ways if row['method'] == 'dense' else None}
+
+  makers = {
+    row['name']: functools.partial(program, points[row['name']]) for row in found if row['method'] != 'dense'
+  }
+  times = timing.in_turns(beside, options.repeats)
+  done = [written(found[0], times, times[names['dense']], measure.quiet(options.allow_load))]
+  own = {row['name']: row for row in found}
+  for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
+    done.append(written(own[turn.name], turn.times, turn.own, turn.load))
+    print(f'{dataset} {turn.name}: {throughput(done[-1])[1]} times dense', flush=True)
+  for program_ in beside.values():
+    turns.given_up(program_)
+  return done
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

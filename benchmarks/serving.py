@@ -16,13 +16,13 @@ datasets that are not measured yet.
 """
 
 import argparse
-import gc
+import functools
 import pathlib
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(
   0, str(pathlib.Path(__file__).resolve().parents[1])
@@ -31,7 +31,7 @@ sys.path.insert(
 import jax
 import numpy as np
 
-from benchmarks import measure, report, speed
+from benchmarks import report, speed, turns
 from tokenprune_jax import data, pretrained, serve, timing, workdir
 from tokenprune_jax.models import Classifier
 
@@ -112,95 +112,102 @@ def dense_batches(
   return {'padded': padded, 'bucketed': bucketed}
 
 
-def dense_programs(
+def dense_ways(
   model: Classifier, params: Any, shapes: dict[str, list[dict]], rows: Sequence[np.ndarray]
-) -> dict[str, timing.Forward | timing.Served]:
+) -> turns.Makers:
   """The ways to run a dense model: on each layout, whole batches and groups of rows that stay in the cache; and served."""
-  found: dict[str, timing.Forward | timing.Served] = {}
-  for shape, batches in shapes.items():
-    for way, slots in (('whole', 0), ('grouped', -1)):
-      changed = speed.with_config(model, group_slots=slots)
-      found[f'dense_{shape}_{way}'] = timing.Forward(changed, params, batches)
-  return {**found, 'dense_served': timing.Served(model, params, rows)}
+
+  def forward(batches: list[dict], slots: int) -> timing.Forward:
+    return timing.Forward(speed.with_config(model, group_slots=slots), params, batches)
+
+  found: dict[str, Any] = {
+    f'dense_{shape}_{way}': functools.partial(forward, batches, slots)
+    for shape, batches in shapes.items()
+    for way, slots in (('whole', 0), ('grouped', -1))
+  }
+  return {**found, 'dense_served': lambda: timing.Served(model, params, rows)}
 
 
-def fastest(times: dict[str, dict[str, Any]], kind: str = 'dense') -> str | None:
-  """The name of the fastest program of those whose names begin with `kind`; None where there is none."""
-  return min(
-    (name for name in times if name.startswith(kind)), key=lambda name: times[name]['seconds'], default=None
-  )
-
-
-class Timed(NamedTuple):
-  """A program, the executor it runs by, and what it costs as a share of dense's multiply-adds."""
-
-  program: Any
-  executor: str
-  macs: float
-
-
-def programs(options: argparse.Namespace, dataset: str) -> tuple[dict[str, Timed], list[np.ndarray]]:
-  """What is timed, and the documents."""
+def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
+  """The rows of one dataset."""
   weights = pretrained.load(
     WEIGHTS[options.model], dropout=0.0, attention_dropout=0.0, dtype=options.dtype[0]
   )
   rows, tuning = documents(dataset, weights, options.documents)
   ladder, pad = serve.Ladder().settled(weights.config.max_length), weights.config.pad_id
+  shapes, wanted = dense_batches(rows, ladder, pad), speed.specs(weights.config.depth)
+  others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
+  macs: dict[str, float] = {}
 
   def made(spec: dict[str, Any]) -> tuple[Classifier, Any]:
     model = speed.made(spec, weights.config)
     return model, jax.device_put({**speed.random_params(model), 'encoder': weights.params['encoder']})
 
-  shapes = dense_batches(rows, ladder, pad)
-  found = {
-    name: Timed(program, 'serve' if isinstance(program, timing.Served) else 'mask', 1.0)
-    for name, program in dense_programs(*made({'name': 'none'}), shapes, rows).items()
-  }
-  wanted = speed.specs(weights.config.depth)
-  others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
-  for name in options.methods or ('threshold', 'early_exit', 'topk'):
+  def program(name: str) -> timing.Forward | timing.Served:
     given, executor = wanted[name]
     _, params = made(given)
     spec, _ = speed.settled(given, weights.config, params, others, options.budget)
     model = speed.made(spec, weights.config)
+    found: timing.Forward | timing.Served
     if executor == 'compact':
-      program = timing.Forward(model.clone(executor='compact'), params, shapes['bucketed'])
-      macs = speed.settled(spec, weights.config, params, shapes['bucketed'], 0)[1]
-      found[name], said = Timed(program, executor, macs), f'{len(program.programs)} programs'
+      found = timing.Forward(model.clone(executor='compact'), params, shapes['bucketed'])
+      macs[name] = speed.settled(spec, weights.config, params, shapes['bucketed'], 0)[1]
     else:
-      served = timing.Served(model, params, rows, {})
-      found[name], said = Timed(served, executor, served.macs), f'{len(served.server.programs)} programs'
-    print(f'{name}: {said} in {found[name].program.compile_seconds:.0f} s, {spec}', flush=True)
-  return found, rows
+      found = timing.Served(model, params, rows, {})
+      macs[name] = found.macs
+    print(f'{name}: compiled in {found.compile_seconds:.0f} s, {spec}', flush=True)
+    return found
 
+  found: list[dict[str, Any]] = []
 
-def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
-  """The rows of one dataset."""
-  table, rows = programs(options, dataset)
-  load = measure.quiet(options.allow_load)
-  compiled = {
-    name: len(timed.program.server.programs) for name, timed in table.items() if timed.executor == 'serve'
-  }
-  times = timing.in_turns({name: timed.program for name, timed in table.items()}, options.repeats)
-  best = fastest(times)
-  dense, found = times[best]['seconds'], []
-  for name, (program, executor, macs) in table.items():
-    ratio = dense / times[name]['seconds']
-    row = {
-      'model': options.model, 'dataset': dataset, 'documents': len(rows), 'method': name, 'dtype': options.dtype[0],
-      'executor': executor, **times[name], 'dense': best, 'dense_seconds': dense,
-      'mac_ratio': macs, 'time_ratio': ratio, 'efficiency': ratio * macs, 'load_of_others': load,
-      'compile_seconds': program.compile_seconds, 'programs': compiled.get(name), 'arriving': None,
-    }  # fmt: skip
-    if isinstance(program, timing.Served):
-      offline = len(rows) / times[name]['seconds']
-      row['arriving'] = {'offline_throughput': offline, **arriving(program, 1 / (ARRIVALS * offline))}
-      row['recompiled'] = len(program.server.programs) - compiled[name]
-      row['random'] = random_requests(program, options.requests)
-      program.close()
-    found.append(row)
+  def see(turn: turns.Turn) -> None:
+    served = isinstance(turn.program, timing.Served)
+    executor = 'serve' if served else wanted.get(turn.name, ('', 'mask'))[1]
+    found.append({
+      'model': options.model, 'dataset': dataset, 'documents': len(rows), 'method': turn.name, 'dtype': options.dtype[0],
+      'executor': executor, **turn.own, 'mac_ratio': macs.get(turn.name, 1.0), 'load_of_others': turn.load,
+      'compile_seconds': turn.program.compile_seconds, 'programs': None, 'arriving': None,
+      **(requests(turn.program, turn.own['seconds'], options.requests) if served else {}),
+    })  # fmt: skip
+
+  def compare(row: dict[str, Any], dense: str, seconds: float) -> None:
+    ratio = seconds / row['seconds']
+    row |= {
+      'dense': dense,
+      'dense_seconds': seconds,
+      'time_ratio': ratio,
+      'efficiency': ratio * row['mac_ratio'],
+    }
     print(line(row), flush=True)
+
+  ways = dense_ways(*made({'name': 'none'}), shapes, rows)
+  dense = turns.fastest(ways, options.repeats, options.allow_load, see)
+  assert dense is not None
+  best = next(row for row in found if row['method'] == dense.name)['seconds']
+  for row in found:
+    compare(row, dense.name, best)
+  makers = {
+    name: functools.partial(program, name) for name in options.methods or ('threshold', 'early_exit', 'topk')
+  }
+  beside = {dense.name: dense.program}
+  for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
+    see(turn)
+    compare(found[-1], dense.name, turn.times[dense.name]['seconds'])
+  turns.given_up(dense.program)
   return found
+
+
+def requests(served: timing.Served, seconds: float, count: int) -> dict[str, Any]:
+  """What a server does with documents that arrive one by one, and with random ones; seconds: that it takes offline."""
+  compiled, offline = len(served.server.programs), len(served.rows) / seconds
+  one_by_one = arriving(served, 1 / (ARRIVALS * offline))
+  recompiled = len(served.server.programs) - compiled
+  return {
+    'programs': compiled,
+    'arriving': {'offline_throughput': offline, **one_by_one},
+    'recompiled': recompiled,
+    'random': random_requests(served, count),
+  }
 
 
 def line(row: dict[str, Any]) -> str:
@@ -258,8 +265,7 @@ def main() -> None:
     if any(row['dataset'] == dataset for row in rows):
       continue
     rows += measured(options, dataset)
-    jax.clear_caches()  # a process may map only so many pieces of compiled code
-    gc.collect()
+    turns.freed()
     workdir.write_json(path, {**header, 'rows': rows})
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n{report.origin(header)}')
   title = f'Real documents through serve, {WEIGHTS[options.model]}'

@@ -1,4 +1,4 @@
-"""How fast each method is on full-length rows, beside the strongest dense baseline and torch, in turns in one process.
+"""How fast each method is on full-length rows, in turns with the strongest dense baseline, and that with torch.
 
     python benchmarks/speed.py [--model=base|minilm] [--methods=…] [--batch=1,8,32] [--length=128,512] [--dtype=float32]
                                [--executor=…] [--budget=0.5] [--repeats=5] [--out=results/speed.json]
@@ -12,11 +12,12 @@ columns are null.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 sys.path.insert(
@@ -26,7 +27,7 @@ sys.path.insert(
 import jax
 import numpy as np
 
-from benchmarks import measure, report
+from benchmarks import report, turns
 from tokenprune_jax import schedule as fixed
 from tokenprune_jax import stages, timing, workdir
 from tokenprune_jax.encoder import EncoderConfig
@@ -121,7 +122,7 @@ def rows_of(batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
   return {'ids': ids, 'mask': np.ones_like(ids, bool), 'types': np.zeros_like(ids)}
 
 
-def torch_programs(config: EncoderConfig, batch: dict, dtype: str) -> dict[str, Callable[[], None]]:
+def torch_ways(config: EncoderConfig, batch: dict, dtype: str) -> turns.Makers:
   """`transformers` BERT of the same shape on the same rows, eager and SDPA; none where torch is not installed."""
   if importlib.util.find_spec('torch') is None:
     return {}
@@ -142,7 +143,7 @@ def torch_programs(config: EncoderConfig, batch: dict, dtype: str) -> dict[str, 
 
     return run
 
-  return {f'torch_{attention}': program(attention) for attention in ('eager', 'sdpa')}
+  return {f'torch_{name}': functools.partial(program, name) for name in ('eager', 'sdpa')}
 
 
 def chosen(options: argparse.Namespace, wanted: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -161,45 +162,55 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
   """The rows of one shape."""
   config = dataclasses.replace(CONFIGS[options.model], dtype=dtype)
   given = rows_of(batch, length, config.vocab_size)
-  whole, grouped = (dataclasses.replace(config, group_slots=slots) for slots in (0, -1))
-  plain = make_reducer({'name': 'none'})
-  programs: dict[str, Any] = {}
+  wanted, plain = specs(config.depth), make_reducer({'name': 'none'})
   macs: dict[str, float] = {}
-  for name, shape in (('dense_whole', whole), ('dense_grouped', grouped)):
-    model = Classifier(shape, plain, LABELS)
-    programs[name], macs[name] = timing.Forward(model, random_params(model), [given]), 1.0
-  executors = dict.fromkeys(programs, 'mask')
-  wanted = specs(config.depth)
-  for name, executor in chosen(options, wanted):
-    key = name if executor == wanted[name][1] else f'{name} ({executor})'
+
+  def dense_way(slots: int) -> timing.Forward:
+    model = Classifier(dataclasses.replace(config, group_slots=slots), plain, LABELS)
+    return timing.Forward(model, random_params(model), [given])
+
+  def program(key: str, name: str, executor: str) -> timing.Forward | timing.Served:
     params = random_params(made(wanted[name][0], config))
     spec, macs[key] = settled(wanted[name][0], config, params, [given], options.budget)
     model = made(spec, config)
-    executors[key] = executor
-    if executor == 'serve':
-      programs[key] = timing.Served(model, params, list(given['ids']))
-      macs[key] = programs[key].macs
-    else:
-      programs[key] = timing.Forward(model.clone(executor=executor), params, [given])
-  programs |= torch_programs(config, given, dtype)
-  load = measure.quiet(options.allow_load)
-  times = timing.in_turns(programs, options.repeats)
-  dense = min(times['dense_whole']['seconds'], times['dense_grouped']['seconds'])
-  peers = {f'{peer}_seconds': times.get(peer, {}).get('seconds') for peer in ('torch_eager', 'torch_sdpa')}
-  found = []
-  for name, program in programs.items():
-    if name.startswith('torch'):
-      continue
-    ratio = dense / times[name]['seconds']
+    if executor != 'serve':
+      return timing.Forward(model.clone(executor=executor), params, [given])
+    served = timing.Served(model, params, list(given['ids']))
+    macs[key] = served.macs
+    return served
+
+  ways = {'dense_whole': functools.partial(dense_way, 0), 'dense_grouped': functools.partial(dense_way, -1)}
+  first: list[turns.Turn] = []
+  dense = turns.fastest(ways, options.repeats, options.allow_load, first.append)
+  assert dense is not None
+  beside, seconds = {dense.name: dense.program}, {turn.name: turn.own['seconds'] for turn in first}
+  peers = {
+    turn.name: turn.own['seconds'] / turn.times[dense.name]['seconds']
+    for turn in turns.one_by_one(
+      torch_ways(config, given, dtype), beside, options.repeats, options.allow_load
+    )
+  }
+  ratios = {f'{peer}_ratio': peers.get(peer) for peer in ('torch_eager', 'torch_sdpa')}
+  found: list[dict[str, Any]] = []
+
+  def note(turn: turns.Turn, executor: str, against: float) -> None:
+    ratio, share = against / turn.own['seconds'], macs.get(turn.name, 1.0)
     found.append({
-      'model': options.model, 'method': name, 'executor': executors[name], 'batch': batch, 'length': length,
-      'dtype': dtype, **times[name], 'dense_seconds': dense, **peers, 'mac_ratio': macs[name], 'time_ratio': ratio,
-      'efficiency': ratio * macs[name], 'compile_seconds': program.compile_seconds, 'peak_bytes': program.peak_bytes,
-      'load_of_others': load,
+      'model': options.model, 'method': turn.name, 'executor': executor, 'batch': batch, 'length': length, 'dtype': dtype,
+      **turn.own, 'dense_seconds': against, 'mac_ratio': share, 'time_ratio': ratio, 'efficiency': ratio * share,
+      **{name: peer and peer * ratio for name, peer in ratios.items()}, 'load_of_others': turn.load,
+      'compile_seconds': turn.program.compile_seconds, 'peak_bytes': turn.program.peak_bytes,
     })  # fmt: skip
     print(line(found[-1]), flush=True)
-    if isinstance(program, timing.Served):
-      program.close()
+
+  for turn in first:
+    note(turn, 'mask', seconds[dense.name])
+  executors, makers = {}, {}
+  for name, executor in chosen(options, wanted):
+    key = name if executor == wanted[name][1] else f'{name} ({executor})'
+    executors[key], makers[key] = executor, functools.partial(program, key, name, executor)
+  for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
+    note(turn, executors[turn.name], turn.times[dense.name]['seconds'])
   return found
 
 
@@ -214,11 +225,11 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
   lines = [('batch x length', 'dtype', 'method', 'executor', 'ms', 'MACs', 'times as fast as dense', 'removal efficiency',
             'times torch SDPA')]  # fmt: skip
   for row in rows:
-    torch = row['torch_sdpa_seconds']
+    torch = row['torch_sdpa_ratio']
     lines.append((
       f'{row["batch"]} x {row["length"]}', row['dtype'], row['method'], row['executor'], f'{1000 * row["seconds"]:.1f}',
       f'{row["mac_ratio"]:.2f}', f'{row["time_ratio"]:.2f}', f'{row["efficiency"]:.2f}',
-      '–' if torch is None else f'{torch / row["seconds"]:.2f}',
+      '–' if torch is None else f'{torch:.2f}',
     ))  # fmt: skip
   return report.table(lines)
 

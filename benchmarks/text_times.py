@@ -4,12 +4,13 @@
                                     [--documents=256] [--repeats=5] [--runs=runs] [--results=results]
 
 Runs of seed 0, as trained and at some of the study's budgets, float32, on test texts at their real lengths: fixed counts by
-the executor `compact` on batches by length, the others by `serve`, everything on the host included. All of a dataset run in
-turns in one process; dense is the fastest of three ways to run it. The times go into the points of results/STUDY.json,
+the executor `compact` on batches by length, the others by `serve`, everything on the host included. Each runs in
+turns with dense, which is the fastest of three ways to run it. The times go into the points of results/STUDY.json,
 and the table and plots are drawn again. Training nothing: what benchmarks/text_pruning.py has not run is left out.
 """
 
 import argparse
+import functools
 import pathlib
 import shlex
 import sys
@@ -22,7 +23,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import measure, report, serving, speed, text_pruning
+from benchmarks import report, serving, speed, text_pruning, turns
 from benchmarks.text_runs import METHODS, PLANS, dense_row
 from benchmarks.trained import Trained
 from tokenprune_jax import serve, timing
@@ -61,33 +62,38 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
   rows = [test.ids(int(place)) for place in order]
   ladder = serve.Ladder().settled(max(map(len, rows)))
   batches = serving.dense_batches(rows, ladder, plain.config.pad_id, SIZE)['bucketed']
-  programs, macs = serving.dense_programs(plain, dense.params, {'bucketed': batches}, rows), {}
-  for point, trained in waiting[1:]:
-    name, spec = label(point), point['reducer']
-    model = trained.model(spec)
+  macs: dict[str, float] = {}
+
+  def program(point: dict[str, Any], trained: Trained) -> timing.Forward | timing.Served:
+    name, model = label(point), trained.model(point['reducer'])
+    found: timing.Forward | timing.Served
     if METHODS[point['name']].executor == 'serve':
-      programs[name] = served = timing.Served(model, trained.params, rows)
-      macs[name] = served.macs
+      found = timing.Served(model, trained.params, rows)
+      macs[name] = found.macs
     else:
-      programs[name] = timing.Forward(model.clone(executor='compact'), trained.params, batches)
+      found = timing.Forward(model.clone(executor='compact'), trained.params, batches)
       macs[name] = speed.validation_of(model, trained.params, batches).mac_ratio({})
-    print(f'{dataset} {name}: compiled in {programs[name].compile_seconds:.0f} s', flush=True)
-  load = measure.quiet(options.allow_load)
-  times = timing.in_turns(programs, options.repeats)
-  best = serving.fastest(times)
-  for point, _ in waiting:
-    name = best if point is waiting[0][0] else label(point)
-    ratio = times[best]['seconds'] / times[name]['seconds']
-    share = macs.get(name, 1.0)
+    print(f'{dataset} {name}: compiled in {found.compile_seconds:.0f} s', flush=True)
+    return found
+
+  def write(point: dict[str, Any], turn: turns.Turn, dense: str) -> None:
+    ratio, share = turn.times[dense]['seconds'] / turn.own['seconds'], macs.get(turn.name, 1.0)
     point['time'] = {
-      **times[name], 'documents': len(rows), 'dense': best, 'time_ratio': ratio, 'mac_ratio': share,
-      'efficiency': ratio * share, 'load_of_others': load, 'commit': report.commit(),
+      **turn.own, 'documents': len(rows), 'dense': dense, 'time_ratio': ratio, 'mac_ratio': share,
+      'efficiency': ratio * share, 'load_of_others': turn.load, 'commit': report.commit(),
       'command': shlex.join(['python', 'benchmarks/text_times.py', *sys.argv[1:]]),
     }  # fmt: skip
-    print(told(dataset, name, point['time']), flush=True)
-  for program in programs.values():
-    if isinstance(program, timing.Served):
-      program.close()
+    print(told(dataset, turn.name, point['time']), flush=True)
+
+  ways = serving.dense_ways(plain, dense.params, {'bucketed': batches}, rows)
+  best = turns.fastest(ways, options.repeats, options.allow_load)
+  assert best is not None
+  write(waiting[0][0], best, best.name)
+  points = {label(point): point for point, _ in waiting[1:]}
+  makers = {label(point): functools.partial(program, point, trained) for point, trained in waiting[1:]}
+  for turn in turns.one_by_one(makers, {best.name: best.program}, options.repeats, options.allow_load):
+    write(points[turn.name], turn, best.name)
+  turns.given_up(best.program)
 
 
 def label(point: Mapping[str, Any]) -> str:
