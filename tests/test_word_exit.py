@@ -1,0 +1,78 @@
+"""Exits of words against the released code's vectors and NumPy loops."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenprune_jax import word_exit
+from tokenprune_jax.reducers.early_exit import uncertainty
+
+G = np.load(pathlib.Path(__file__).parent / 'golden' / 'tokee_windows.npz')
+
+
+@pytest.mark.parametrize('window', [1, 5, 15])
+def test_official_windows_and_exit_layers(window):
+  logits = jnp.asarray(G['s0.cached_logits'])[:, None]  # [l b w c]
+  found = uncertainty(logits)
+  np.testing.assert_allclose(found[:, 0], G['s0.uncertainty'], atol=2e-6)
+  padded = jnp.pad(found, ((0, 0), (0, 0), (0, 3)), constant_values=9.0)
+  valid = jnp.arange(17)[None] < 14
+  for layer, expected in zip(padded, G[f's0.pooled_w{window}']):
+    pooled = word_exit.window_max(layer, valid, window)
+    np.testing.assert_allclose(pooled[0, :14], expected, atol=2e-6)
+    assert (np.asarray(pooled[0, 14:]) == word_exit.SURE).all()
+  for delta, cap in ((0.05, 0.5), (0.15, 0.5), (0.25, 0.5), (0.25, 0.3)):
+    limits = jnp.asarray(word_exit.thresholds(delta, 12, cap))[:, None]
+    exits = word_exit.exit_layers(padded, valid, jnp.array([window]), limits)
+    np.testing.assert_array_equal(exits[0, :14] - 1, G[f's0.exit_w{window}_d{delta}_cap{cap}'])
+
+
+def test_each_example_has_its_own_window():
+  random = np.random.default_rng(0)
+  values, lengths, windows = random.random((3, 9)), (9, 4, 1), (3, 1, 5)
+  valid = np.arange(9) < np.array(lengths)[:, None]
+  found = word_exit.window_max(jnp.asarray(values, jnp.float32), jnp.asarray(valid), jnp.asarray(windows))
+  for b, (length, window) in enumerate(zip(lengths, windows)):
+    for j in range(length):
+      near = values[b, max(0, j - window // 2) : min(length, j + window // 2 + 1)]
+      np.testing.assert_allclose(found[b, j], near.max(), rtol=1e-6)
+
+
+def test_words_to_pieces_and_back():
+  word = jnp.array([[-1, 0, 0, 1, 2, 2, -1], [-1, 0, -1, -1, -1, -1, -1]])
+  first = jnp.array([[0, 1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0]], bool)
+  values = jnp.arange(14.0).reshape(2, 7)
+  words = word_exit.of_words(values, first, word, -5.0)
+  np.testing.assert_array_equal(words, [[1, 3, 4, -5, -5, -5, -5], [8, -5, -5, -5, -5, -5, -5]])
+  pieces = word_exit.to_pieces(words, word, 0.5)
+  np.testing.assert_array_equal(pieces, [[0.5, 1, 1, 3, 4, 4, 0.5], [0.5, 8, 0.5, 0.5, 0.5, 0.5, 0.5]])
+  deep = word_exit.of_words(jnp.stack([values, -values], -1), first, word)
+  np.testing.assert_array_equal(deep[0, :3], [[1, -1], [3, -3], [4, -4]])
+
+
+def test_settings_that_training_samples():
+  windows, deltas = (5, 7, 9), (0.01, 0.05, 0.25)
+  for seed in range(5):
+    window, delta, exits = word_exit.sampled_settings(jax.random.key(seed), 20, windows, deltas)
+    assert set(np.asarray(window).tolist()) <= set(windows)
+    assert set(np.asarray(delta).tolist()) <= set(np.float32(deltas).tolist())
+    assert int(exits.sum()) == 12  # 4 of 10 exit nowhere
+    assert int((window == 5).sum()) >= 2 and int((delta == np.float32(0.25)).sum()) >= 2
+
+
+def test_transitions():
+  bio = ('O', 'B-PER', 'I-PER', 'B-LOC', 'I-LOC')
+  wrong = word_exit.illegal_transitions(bio)
+  pairs = {(bio[i], bio[j]) for i, j in zip(*np.nonzero(wrong))}
+  inside = {('O', 'I-PER'), ('O', 'I-LOC')}
+  inside |= {(f'{k}-{a}', f'I-{b}') for k in 'BI' for a, b in (('PER', 'LOC'), ('LOC', 'PER'))}
+  assert pairs == inside
+  bioes = ('O', 'B-PER', 'I-PER', 'E-PER', 'S-PER')
+  wrong = word_exit.illegal_transitions(bioes)
+  legal = {(bioes[i], bioes[j]) for i, j in zip(*np.nonzero(~wrong))}
+  begun = {(a, b) for a in ('B-PER', 'I-PER') for b in ('I-PER', 'E-PER')}
+  free = {(a, b) for a in ('O', 'E-PER', 'S-PER') for b in ('O', 'B-PER', 'S-PER')}
+  assert legal == begun | free

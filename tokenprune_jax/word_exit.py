@@ -1,0 +1,103 @@
+"""When a tagger is sure of a word: the uncertainty of a window of words, and the layers that words would exit at.
+
+Li, Shao, Sun, Yan, Qiu, Huang: Accelerating BERT Inference for Sequence Labeling via Early-Exit, ACL 2021, arXiv
+2105.13878. A word j exits at the first layer l below the last at which
+
+  max_{|k - j| <= w/2} u_k^l < delta_l,    u = -sum_c p_c log p_c / log C,    delta_l = delta below the middle, else 2 delta.
+
+Shapes: b batch, n slots, w words, l layers. Word-level arrays have as many places as there are slots; words come first, in
+order, and `valid` says which places hold one.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+SURE = -1.0  # below every uncertainty
+UPPER = 2.0  # factor of the thresholds of the upper half
+
+
+def thresholds(delta: float, depth: int, cap: float = 1.0, upper: float = UPPER) -> tuple[float, ...]:
+  """delta of each layer: `delta` in the lower half, `upper` times as much above, none more than `cap`."""
+  return tuple(min(delta * (1.0 if l < depth // 2 else upper), cap) for l in range(depth))
+
+
+def window_max(
+  values: Float[Array, 'b w'], valid: Bool[Array, 'b w'], window: Int[Array, 'b'] | int
+) -> Float[Array, 'b w']:
+  """The largest value of the words at most `window` // 2 away; SURE at places without a word.
+
+  window: odd; of each example, or of all. A window of at least 2 w - 1 takes the whole sentence.
+  """
+  place = jnp.arange(values.shape[1])
+  reach = jnp.broadcast_to(jnp.asarray(window) // 2, values.shape[:1])
+  near = jnp.abs(place[:, None] - place) <= reach[:, None, None]  # [b w w]
+  found = jnp.where(near & valid[:, None], values[:, None], SURE).max(-1)
+  return jnp.where(valid, found, SURE)
+
+
+def exit_layers(
+  uncertainty: Float[Array, 'l b w'],
+  valid: Bool[Array, 'b w'],
+  window: Int[Array, 'b'] | int,
+  delta: Float[Array, 'l b'] | Float[Array, 'l 1'],
+) -> Int[Array, 'b w']:
+  """The layer, counted from 1, that each word would exit at, from what all layers say of it; the last where none is sure."""
+  depth = uncertainty.shape[0]
+  sure = jnp.stack([window_max(u, valid, window) < d[:, None] for u, d in zip(uncertainty, delta)])
+  sure = sure.at[-1].set(True)
+  return jnp.argmax(sure, 0) + 1 if depth else jnp.zeros(valid.shape, jnp.int32)
+
+
+def of_words(
+  values: Float[Array, 'b n *c'], first: Bool[Array, 'b n'], word: Int[Array, 'b n'], fill: float = 0.0
+) -> Float[Array, 'b n *c']:
+  """What stands at the first piece of each word, in the order of the words; `fill` at places without one.
+
+  word [b n]: the number of the word a piece belongs to, from 0; -1 for none.
+  """
+  slots = values.shape[1]
+  place = jnp.where(first & (word >= 0), word, slots)  # out of range: dropped
+
+  def scattered(values, place):
+    return jnp.full(values.shape, fill, values.dtype).at[place].set(values, mode='drop')
+
+  return jax.vmap(scattered)(values, place)
+
+
+def to_pieces(values: Array, word: Int[Array, 'b n'], fill: float | bool) -> Array:
+  """The value [b w] of the word that each piece belongs to; `fill` for pieces of none."""
+  found = jnp.take_along_axis(values, jnp.maximum(word, 0), axis=1)
+  return jnp.where(word >= 0, found, fill)
+
+
+def sampled_settings(
+  key: Array, rows: int, windows: tuple[int, ...], deltas: tuple[float, ...]
+) -> tuple[Int[Array, 'b'], Float[Array, 'b'], Bool[Array, 'b']]:
+  """(window, delta, whether anything exits) of each example, for training with exits that it samples itself.
+
+  Of ten rows four exit nowhere, one has the smallest window, one the largest delta, and four draw both evenly.
+  """
+  window_key, delta_key, role_key = jax.random.split(key, 3)
+  window = jax.random.choice(window_key, jnp.asarray(windows), (rows,))
+  delta = jax.random.choice(delta_key, jnp.asarray(deltas, jnp.float32), (rows,))
+  role = jax.random.permutation(role_key, jnp.arange(rows) % 10)
+  window = jnp.where(role == 4, min(windows), window)
+  delta = jnp.where(role == 5, max(deltas), delta)
+  return window, delta, role >= 4
+
+
+def illegal_transitions(labels: tuple[str, ...]) -> Bool[np.ndarray, 'c c']:
+  """[i, j]: tag j cannot follow tag i under BIO, or BIOES where the labels have S or E; others may follow anything."""
+  ending = any(label[:2] in ('S-', 'E-') for label in labels)
+
+  def wrong(before: str, after: str) -> bool:
+    kind, _, name = before.partition('-')
+    into, _, other = after.partition('-')
+    inside = kind in ('B', 'I')
+    if into in ('I', 'E'):
+      return not (inside and name == other)
+    return ending and inside  # an entity that has begun must end with E
+
+  return np.array([[wrong(a, b) for b in labels] for a in labels], bool)
