@@ -45,11 +45,12 @@ def test_words_to_pieces_and_back():
   word = jnp.array([[-1, 0, 0, 1, 2, 2, -1], [-1, 0, -1, -1, -1, -1, -1]])
   first = jnp.array([[0, 1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0]], bool)
   values = jnp.arange(14.0).reshape(2, 7)
-  words = word_exit.of_words(values, first, word, -5.0)
-  np.testing.assert_array_equal(words, [[1, 3, 4, -5, -5, -5, -5], [8, -5, -5, -5, -5, -5, -5]])
+  np.testing.assert_array_equal(word_exit.first_pieces(word), first)
+  words = word_exit.of_words(values, first, word, 4)
+  np.testing.assert_array_equal(words, [[1, 3, 4, 0], [8, 0, 0, 0]])
   pieces = word_exit.to_pieces(words, word, 0.5)
   np.testing.assert_array_equal(pieces, [[0.5, 1, 1, 3, 4, 4, 0.5], [0.5, 8, 0.5, 0.5, 0.5, 0.5, 0.5]])
-  deep = word_exit.of_words(jnp.stack([values, -values], -1), first, word)
+  deep = word_exit.of_words(jnp.stack([values, -values], -1), first, word, 3)
   np.testing.assert_array_equal(deep[0, :3], [[1, -1], [3, -3], [4, -4]])
 
 

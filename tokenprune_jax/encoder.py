@@ -281,6 +281,18 @@ class Block(nn.Module):
     change = self.drop(self.down(hidden), deterministic=not train)
     return put_back(tokens, rows, self.residual(rows, change, self.output_norm)), rows.overflow
 
+  def renormed(self, tokens: Tokens) -> Tokens:
+    """After the second half: slots that are not updated go through this layer's output norm, by their standardised states.
+
+    Where a method carries these: `halted` [b n d].
+    """
+    if 'halted' not in tokens.carry:
+      return tokens
+    ran = (tokens.updated > 0)[..., None]
+    standard = jnp.where(ran, self.output_norm.standardised(tokens.x), tokens.carry['halted'])
+    x = jnp.where(ran, tokens.x, self.output_norm.scaled(standard))
+    return tokens.replace(x=x, carry={**tokens.carry, 'halted': standard})
+
   def heads(self, x):
     """[b n d] -> [b h n e]."""
     return x.reshape(x.shape[:-1] + (self.config.heads, -1)).swapaxes(1, 2)
@@ -350,6 +362,7 @@ class Encoder(nn.Module):
       tokens, memory = self.reducer.after_attention(computed, memory, evidence, half.layer)
     else:
       computed, overflow = block.feed_forward(tokens, train)
+      computed = block.renormed(computed)
       tokens, memory = self.reducer.after_block(computed, memory, half.layer, train)
     if self.executor == 'compact':
       tokens, lost = stream.compress(tokens)

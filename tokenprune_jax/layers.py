@@ -115,8 +115,21 @@ class Norm(nn.Module):
 
   epsilon: float
 
-  @nn.compact
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    return layer_norm(x.astype(jnp.float32), scale, bias, self.epsilon)
+    return layer_norm(x.astype(jnp.float32), *self.weights(x.shape[-1]), self.epsilon)
+
+  def standardised(self, y: Float[Array, '*b d']) -> Float[Array, '*b d']:
+    """What was scaled and shifted to `y`."""
+    scale, bias = self.weights(y.shape[-1])
+    return (y - bias) / scale
+
+  def scaled(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
+    """The norm of a state that is standardised already."""
+    scale, bias = self.weights(x.shape[-1])
+    return x * scale + bias
+
+  @nn.compact
+  def weights(self, width: int) -> tuple[Float[Array, ' d'], Float[Array, ' d']]:
+    """(scale, bias)."""
+    scale = self.param('scale', nn.initializers.ones, (width,))
+    return scale, self.param('bias', nn.initializers.zeros, (width,))

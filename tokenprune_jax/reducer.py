@@ -30,7 +30,8 @@ class Inputs(NamedTuple):
   """What a method may know of the raw input: ids [b n], mask [b n] bool, types [b n], controls {name: [b]}.
 
   controls: what may change from request to request without compiling again. labels: the number of classes c.
-  encoder: its `EncoderConfig`. reads_first: whether the model's head reads [CLS] alone.
+  encoder: its `EncoderConfig`. reads_first: whether the model's head reads [CLS] alone. words [b n] int32: the number of the
+  word that a token is a piece of, from 0, and -1 for tokens of none; None where words are not told apart.
   """
 
   ids: Array
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
   labels: int = 0
   encoder: Any = None
   reads_first: bool = False
+  words: Array | None = None
 
   @property
   def depth(self) -> int:

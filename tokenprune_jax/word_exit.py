@@ -12,7 +12,7 @@ order, and `valid` says which places hold one.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 SURE = -1.0  # below every uncertainty
 UPPER = 2.0  # factor of the thresholds of the upper half
@@ -24,7 +24,7 @@ def thresholds(delta: float, depth: int, cap: float = 1.0, upper: float = UPPER)
 
 
 def window_max(
-  values: Float[Array, 'b w'], valid: Bool[Array, 'b w'], window: Int[Array, 'b'] | int
+  values: Float[Array, 'b w'], valid: Bool[Array, 'b w'], window: Num[Array, 'b'] | int
 ) -> Float[Array, 'b w']:
   """The largest value of the words at most `window` // 2 away; SURE at places without a word.
 
@@ -40,7 +40,7 @@ def window_max(
 def exit_layers(
   uncertainty: Float[Array, 'l b w'],
   valid: Bool[Array, 'b w'],
-  window: Int[Array, 'b'] | int,
+  window: Num[Array, 'b'] | int,
   delta: Float[Array, 'l b'] | Float[Array, 'l 1'],
 ) -> Int[Array, 'b w']:
   """The layer, counted from 1, that each word would exit at, from what all layers say of it; the last where none is sure."""
@@ -50,23 +50,27 @@ def exit_layers(
   return jnp.argmax(sure, 0) + 1 if depth else jnp.zeros(valid.shape, jnp.int32)
 
 
-def of_words(
-  values: Float[Array, 'b n *c'], first: Bool[Array, 'b n'], word: Int[Array, 'b n'], fill: float = 0.0
-) -> Float[Array, 'b n *c']:
-  """What stands at the first piece of each word, in the order of the words; `fill` at places without one.
+def first_pieces(word: Int[Array, 'b n']) -> Bool[Array, 'b n']:
+  """The pieces that a word begins with. word: the number of the word a piece belongs to, from 0; -1 for none."""
+  before = jnp.pad(word, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  return (word >= 0) & (word != before)
 
-  word [b n]: the number of the word a piece belongs to, from 0; -1 for none.
-  """
-  slots = values.shape[1]
-  place = jnp.where(first & (word >= 0), word, slots)  # out of range: dropped
+
+def of_words(
+  values: Num[Array, 'b n *c'], first: Bool[Array, 'b n'], word: Int[Array, 'b n'], count: int
+) -> Num[Array, 'b w *c']:
+  """What stands at the first piece of each word, in `count` places by the words' numbers; 0 where there is none."""
+  place = jnp.where(first & (word >= 0), word, count)  # out of range: dropped
 
   def scattered(values, place):
-    return jnp.full(values.shape, fill, values.dtype).at[place].set(values, mode='drop')
+    return jnp.zeros((count, *values.shape[1:]), values.dtype).at[place].set(values, mode='drop')
 
   return jax.vmap(scattered)(values, place)
 
 
-def to_pieces(values: Array, word: Int[Array, 'b n'], fill: float | bool) -> Array:
+def to_pieces(
+  values: Num[Array, 'b w'] | Bool[Array, 'b w'], word: Int[Array, 'b n'], fill: float | bool
+) -> Num[Array, 'b n'] | Bool[Array, 'b n']:
   """The value [b w] of the word that each piece belongs to; `fill` for pieces of none."""
   found = jnp.take_along_axis(values, jnp.maximum(word, 0), axis=1)
   return jnp.where(word >= 0, found, fill)
