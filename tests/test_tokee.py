@@ -67,9 +67,9 @@ def answers(method, padding=0):
   tokens, memory, _ = run(ids, mask, word)
   last = tokens.x[0, first] @ kernel + bias
   count = len(first)
-  done = memory['word_done'][0, :count, None]
-  logits = jnp.where(done, memory['prediction'][0, :count], last)
-  layers = jnp.where(done[:, 0], memory['word_exit'][0, :count] - 1, DEPTH - 1)
+  done = memory['answered'][0, first]
+  logits = jnp.where(done[:, None], memory['prediction'][0, first], last)
+  layers = jnp.where(done, memory['word_exit'][0, :count] - 1, DEPTH - 1)
   return logits, layers, memory['logits'][0, :, :count]
 
 

@@ -103,6 +103,7 @@ class Method(Reducer):
       'word_valid': jnp.arange(n) <= inputs.words.max(-1, keepdims=True),
       'word_done': jnp.zeros((b, n), bool),
       'word_exit': jnp.zeros((b, n), jnp.int32),
+      'answered': jnp.zeros((b, n), bool),
       'prediction': jnp.zeros((b, n, inputs.labels)),
       'logits': jnp.zeros((b, exits, n, inputs.labels)),
       'macs_exits': jnp.zeros(b),
@@ -132,11 +133,13 @@ class Method(Reducer):
     if layer not in self.layers:
       return tokens, memory
     word, first, done = tokens.carry['word'], tokens.carry['first'], memory['word_done']
-    labels = memory['prediction'].shape[-1]
+    length, labels = memory['prediction'].shape[1:]
     pieces = self.exit[str(layer)](tokens.x.astype(jnp.float32), labels, train)
-    logits = word_exit.of_words(pieces, first, word, done.shape[1])
+    logits = word_exit.of_words(pieces, first, word, length)
     new = self.now(logits, memory, layer, train) & ~done
     done |= new
+    rows = jnp.arange(done.shape[0])[:, None]
+    answered = jnp.where(first & word_exit.to_pieces(new, word, False), tokens.position, length)
     place = jax.nn.one_hot(memory['exits_run'], len(self.layers))
     asked = (memory['word_valid'] & ~memory['exited'][:, None]).sum(-1)
     memory = {
@@ -145,7 +148,8 @@ class Method(Reducer):
       'exits_run': memory['exits_run'] + 1,
       'word_done': done,
       'word_exit': jnp.where(new, layer, memory['word_exit']),
-      'prediction': jnp.where(new[..., None], logits, memory['prediction']),
+      'answered': memory['answered'].at[rows, answered].set(True, mode='drop'),
+      'prediction': memory['prediction'].at[rows, answered].set(pieces, mode='drop'),
       'logits': memory['logits'] + place[..., None, None] * logits[:, None],
       'macs_exits': memory['macs_exits'] + asked * tokens.x.shape[-1] * labels,
     }
