@@ -12,19 +12,27 @@ delta_l = threshold in the lower half of the encoder and `upper` times as much a
 all of its words have exited; [CLS] and [SEP] never halt before. While training nothing exits, unless the layers at which
 words are to exit are given (control `exit_layers`).
 
+Two stages train it. `tags_joint`: all exits and the last classifier learn the tags, the i-th weighted by i. `tags_sampled`,
+with the first stage as its teacher: each example draws a window and a delta, its words halt where the teacher would have
+exited under them, and each layer learns the words that are still there, by how far their losses are from the teacher's.
+
 Controls of a request: `exit_threshold`, `exit_window` [b], in place of the fields.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from tokenprune_jax import word_exit
+from tokenprune_jax import budget, word_exit
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.reducers.early_exit import uncertainty
+from tokenprune_jax.tasks import cross_entropy, weighted_mean
 from tokenprune_jax.tokens import Tokens, empty_rows
 
 TINY: dict = {'layers': (1, 2), 'threshold': 0.9, 'window': 3}
@@ -33,6 +41,10 @@ LEVELS = ('token', 'sentence')
 CRITERIA = ('entropy', 'max_probability')
 POOLS = ('max', 'mean')
 COPIED = ('all', 'first')
+SURE_OF_ALL = 1.1  # a threshold above every uncertainty
+WINDOWS = (5, 7, 9, 11, 13, 15)  # that training samples
+DELTAS = (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
+SAMPLED_CAP = 0.5
 
 
 def sentence_doubt(
@@ -45,6 +57,82 @@ def sentence_doubt(
   return (doubt * valid).sum(-1) / jnp.maximum(valid.sum(-1), 1)
 
 
+# ------------------------------------------------------------------------------------------------- Objectives
+def by_words(output: Any, batch: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+  """(logits of the exits and the last classifier [l b w c], tags [b w], weight [b w])."""
+  word = batch['words']
+  first, count = word_exit.first_pieces(word), word.shape[1]
+  last = word_exit.of_words(output.logits, first, word, count)
+  tags = word_exit.of_words(batch['label'] + 1, first, word, count) - 1  # -1: no word, or one without a tag
+  return (
+    jnp.concatenate([output.exits.swapaxes(0, 1), last[None]]),
+    tags,
+    (tags >= 0) * batch['weight'][:, None],
+  )
+
+
+def tags_joint(apply, params, batch, rng, teacher):
+  """All exits learn the tags, the later the heavier."""
+  output = apply(params, batch, rng)
+  logits, tags, weight = by_words(output, batch)
+  losses = [weighted_mean(cross_entropy(layer, tags), weight) for layer in logits]
+  loss = sum(i * loss for i, loss in enumerate(losses, 1)) / sum(range(len(losses) + 1))
+  return loss + output.loss, {'joint_loss': loss, 'task_loss': losses[-1]}
+
+
+def tags_sampled(apply, params, batch, rng, teacher):
+  """Words halt where the teacher would have let them exit, under settings drawn for each example."""
+  if teacher is None:
+    raise UserError(
+      "the objective 'tags_sampled' needs a teacher: the stage that was trained by 'tags_joint'."
+    )
+  own, sampling = jax.random.split(rng)
+  old = teacher({**batch, 'controls': {'exit_threshold': jnp.zeros(len(batch['ids']))}})
+  before, tags, weight = by_words(old, batch)
+  depth = old.trace.keys.shape[1]
+  if len(before) != depth:
+    raise UserError(
+      f"the objective 'tags_sampled' needs an exit behind each layer: set reducer.layers to 1, …, {depth - 1}"
+    )
+  leaving = sampled_exits(sampling, uncertainty(before), tags >= 0)
+  output = apply(params, {**batch, 'controls': {'exit_layers': leaving}}, own)
+  logits, _, _ = by_words(output, batch)
+  losses = []
+  for layer, (now, then) in enumerate(zip(logits, before), 1):
+    apart = jnp.abs(cross_entropy(now, tags) - cross_entropy(then, tags))  # "flooding" at the teacher's loss
+    losses.append(layer * weighted_mean(apart * (leaving >= layer), weight))
+  loss = sum(losses) / sum(range(depth + 1))
+  return loss + output.loss, {'sampled_loss': loss}
+
+
+def sampled_exits(key: Array, doubt: Float[Array, 'l b w'], valid: Bool[Array, 'b w']) -> Int[Array, 'b w']:
+  """The layer that each word exits at under a window and a delta drawn for its example; the last where nothing exits."""
+  depth, rows = doubt.shape[:2]
+  window, delta, exits = word_exit.sampled_settings(key, rows, WINDOWS, DELTAS)
+  factors = jnp.asarray(word_exit.thresholds(1.0, depth))[:, None]
+  found = word_exit.exit_layers(doubt, valid, window, jnp.minimum(factors * delta, SAMPLED_CAP))
+  return jnp.where(exits[:, None], found, depth)
+
+
+OBJECTIVES = {'tags_joint': tags_joint, 'tags_sampled': tags_sampled}
+
+
+# ------------------------------------------------------------------------------------------------ Calibration
+def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
+  """The threshold at which validation costs it."""
+
+  def cost(threshold):
+    return validation.mac_ratio({'exit_threshold': threshold})
+
+  if (least := cost(SURE_OF_ALL)) > target:
+    raise UserError(
+      f'the budget is {target}, but on the validation split at least {least:.3f} of the dense multiply-adds are left, '
+      'where all exit at the first layer with an exit. Ask for more, or put an exit behind a lower layer.'
+    )
+  return {'threshold': budget.bisect(cost, target, 0.0, SURE_OF_ALL)}
+
+
+# ----------------------------------------------------------------------------------------------------- Method
 class Method(Reducer):
   """Tags words at the first layer that is sure of them."""
 
@@ -132,7 +220,8 @@ class Method(Reducer):
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
     if layer not in self.layers:
       return tokens, memory
-    word, first, done = tokens.carry['word'], tokens.carry['first'], memory['word_done']
+    word, done = tokens.carry['word'], memory['word_done']
+    first = tokens.carry['first'] & (tokens.position >= 0)  # a place left over may hold what was dropped
     length, labels = memory['prediction'].shape[1:]
     pieces = self.exit[str(layer)](tokens.x.astype(jnp.float32), labels, train)
     logits = word_exit.of_words(pieces, first, word, length)
