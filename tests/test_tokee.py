@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenprune_jax import conversion
+from tokenprune_jax import conversion, families
 from tokenprune_jax.encoder import Encoder, EncoderConfig
 from tokenprune_jax.reducer import Inputs
 from tokenprune_jax.reducers.tokee import Method
