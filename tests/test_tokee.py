@@ -31,9 +31,9 @@ def official(method):
     'bert.' + key.removeprefix('param.'): G[key]
     for key in G.files if key.startswith('param.') and 'classifier' not in key
   }  # fmt: skip
-  params = conversion.to_params(shape(), tensors, dict.fromkeys(tensors, 'tokee'), 'tokee', classifier=False)[
-    'encoder'
-  ]
+  params = conversion.to_params(
+    shape(), tensors, dict.fromkeys(tensors, 'tokee'), 'tokee', families.BACKBONE
+  )['encoder']
   heads = [(G[f'param.classifier.{l}.w.weight'].T, G[f'param.classifier.{l}.w.bias']) for l in range(DEPTH)]
   params['reducer'] = {
     f'exit_{l}': {'out': {'kernel': kernel, 'bias': bias}} for l, (kernel, bias) in enumerate(heads[:-1], 1)
