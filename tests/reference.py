@@ -26,12 +26,34 @@ TINY_CONFIG = EncoderConfig(
 
 
 def ragged_batch(lengths, length, seed=0, vocab=60):
-  """A padded batch of random ids."""
+  """A padded batch of random ids, all but the first and the last token pieces of words."""
   rng = np.random.default_rng(seed)
   rows = [rng.integers(5, vocab, n) for n in lengths]
   ids = np.stack([np.pad(row, (0, length - len(row))) for row in rows]).astype(np.int32)
   mask = np.arange(length)[None] < np.asarray(lengths)[:, None]
-  return {'ids': ids, 'mask': mask, 'types': np.zeros_like(ids)}
+  begins = rng.random(ids.shape) < 0.7
+  begins[:, :2] = [False, True]
+  inside = mask & np.pad(mask, ((0, 0), (0, 1)))[:, 1:]
+  inside[:, 0] = False
+  words = np.where(inside, np.cumsum(begins, 1) - 1, -1).astype(np.int32)
+  return {'ids': ids, 'mask': mask, 'types': np.zeros_like(ids), 'words': words}
+
+
+def requests(batch):
+  """The rows of a batch as requests of a server, with their words."""
+  lengths = batch['mask'].sum(1)
+  return [
+    {'ids': ids[:n], 'words': words[:n]} for ids, words, n in zip(batch['ids'], batch['words'], lengths)
+  ]
+
+
+def labels_for(model, batch, count=3):
+  """Random labels of the examples or, where the model tags, of the words; -1 elsewhere."""
+  rng = np.random.default_rng(5)
+  if model.readout != 'tokens':
+    return rng.integers(0, count, len(batch['ids'])).astype(np.int32)
+  first = (batch['words'] >= 0) & (np.diff(batch['words'], axis=1, prepend=-1) != 0)
+  return np.where(first, rng.integers(0, count, first.shape), -1).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=64)

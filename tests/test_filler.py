@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.reference import model_and_params, ragged_batch
+from tests.reference import labels_for, model_and_params, ragged_batch
 from tokenprune_jax import stages, tasks
-from tokenprune_jax.reducers import sttabt
+from tokenprune_jax.reducers import sttabt, tokee
 
-FULL = ragged_batch((14, 9, 5, 2), 14) | {'label': np.array([0, 2, 1, 0]), 'weight': np.ones(4, np.float32)}
-FILLED = {name: np.concatenate([values, np.zeros_like(values[:1])]) for name, values in FULL.items()}
+ROWS = ragged_batch((14, 9, 5, 2), 14) | {'weight': np.ones(4, np.float32)}
 default = stages.default_objective(tasks.make('classify'))
 
 
@@ -23,18 +22,21 @@ default = stages.default_objective(tasks.make('classify'))
     ({'name': 'sttabt', 'mode': 'distil', 'padding': True}, sttabt.distil),
     ({'name': 'sttabt', 'mode': 'soft', 'theta': -0.5}, default),
     ({'name': 'power', 'mode': 'search', 'slots': 20}, default),
+    ({'name': 'tokee', 'layers': (1, 2, 3), 'dropout': 0.0}, tokee.tags_joint),
   ],
   ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '',
 )
 def test_filler_changes_neither_loss_nor_gradient(spec, objective):
   model, params = model_and_params(spec)
   apply, key = stages.forward(model), jax.random.key(0)
+  full = ROWS | {'label': labels_for(model, ROWS)}
+  filled = {name: np.concatenate([values, np.zeros_like(values[:1])]) for name, values in full.items()}
 
   @jax.jit
   def step(params, batch):
     return jax.value_and_grad(lambda params: objective(apply, params, batch, key, None)[0])(params)
 
-  (loss, full), (same, filled) = (step(params, jax.tree.map(jnp.asarray, batch)) for batch in (FULL, FILLED))
+  (loss, plain), (same, other) = (step(params, jax.tree.map(jnp.asarray, batch)) for batch in (full, filled))
   assert float(same) == pytest.approx(float(loss), rel=1e-5)
-  for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(filled)):
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other)):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))

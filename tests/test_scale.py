@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.reference import TINY_CONFIG, model_of, ragged_batch, settings
+from tests.reference import TINY_CONFIG, labels_for, model_of, ragged_batch, settings
 from tokenprune_jax import optim, stages, tasks, train
 from tokenprune_jax.models import method_names
 
@@ -20,6 +20,7 @@ SPREAD = (
   'early_exit',
   'ltp',
   'sttabt',
+  'tokee',
   'topk',
 )  # every kind of decision; fuzzy and combining are in the chain
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -47,7 +48,8 @@ def test_forward_and_step_lower_for_tpu_and_cuda(name, kernel):
   config = dataclasses.replace(TINY_CONFIG, kernel=kernel, joint=True, dtype='bfloat16', dropout=0.1)
   model = model_of(settings(name, 'TINY'), config, executor='compact')
   params = jax.eval_shape(model.init_params, jax.random.key(0))
-  rows = ragged_batch((16,) * 8, 16) | {'label': np.zeros(8, np.int32), 'weight': np.ones(8, np.float32)}
+  rows = ragged_batch((16,) * 8, 16)
+  rows |= {'label': labels_for(model, rows), 'weight': np.ones(8, np.float32)}
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
   optimizer = optim.adamw(params, optim.schedule(1e-3, 10, 0.1), groups=(), weight_decay=0.01, clip=1.0)
   step = train.make_step(stages.default_objective(tasks.make('classify')), model, optimizer, None, 1, None)

@@ -57,6 +57,23 @@ def test_every_composition_is_answered_as_by_mask(pyramid, lengths, seed, thresh
   np.testing.assert_allclose([answer.macs for answer in answers], macs, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ('request_', 'words'),
+  [
+    ({'ids': [5, 6]}, r"the keys \['ids'\]; expected 'ids' and 'words'"),
+    ({'ids': [5, 6], 'words': [0]}, r'has 2 token ids; words is \[0\]'),
+    ({'ids': [5, 6], 'words': [0, 0.5]}, 'expected as many numbers'),
+    ({'ids': [5, 6], 'words': [1, 2]}, 'numbered from 0 in their order'),
+    ({'ids': [5, 6, 7], 'words': [0, 2, 2]}, 'numbered from 0'),
+    ({'ids': [5, 6, 7], 'words': [0, 1, 0]}, 'numbered from 0'),
+    ({'ids': [5, 6], 'words': [-2, 0]}, 'numbered from 0'),
+  ],
+)
+def test_words_that_do_not_fit_are_refused(pyramid, request_, words):
+  with pytest.raises(UserError, match=words):
+    pyramid[0].submit(request_)
+
+
 def test_controls_may_differ_within_a_batch(pyramid):
   server, _, _ = pyramid
   request = ragged_batch((12,), 12)['ids'][0]

@@ -296,6 +296,17 @@ def test_long_sentences_are_read_in_windows_or_refused(load):
   assert split.words.tags(answered[answered >= 0]) == [
     list(sentence.tags) for sentence in split.words.sentences
   ]
+  for i in range(len(split)):  # words are numbered in each window, those that others answer too
+    numbers, label = split.word_of[split.place(i)], split.tags[split.place(i)]
+    inside = numbers[numbers >= 0]
+    assert inside[0] == 0 and set(np.diff(inside)) <= {0, 1} and (numbers >= 0).sum() == len(numbers) - 2
+    assert (label >= 0).sum() <= inside[-1] + 1
+  batch = next(
+    iter(data.batches(split, batch_size=8, buckets=(16,), seed=0, epoch_shuffle=False, pad_id=0).iterator())
+  )
+  assert ((batch['words'] >= 0) <= batch['mask']).all() and (batch['words'][batch['weight'] == 0] == -1).all()
+  row = int(batch['index'][0])
+  np.testing.assert_array_equal(batch['words'][0, : split.lengths[row]], split.word_of[split.place(row)])
   with pytest.raises(
     UserError, match=r'train_a.conll:14: the sentence has \d+ word pieces, and there is room for 14'
   ):
@@ -313,6 +324,7 @@ def test_pieces_are_those_of_the_tokenizer_and_labels_sit_on_the_first(load, tok
   word_ids = expected.word_ids()
   firsts = [i for i, word in enumerate(word_ids) if word is not None and word != word_ids[i - 1]]
   assert np.flatnonzero(split.tags[split.place(0)] >= 0).tolist() == firsts
+  assert split.word_of[split.place(0)].tolist() == [-1 if word is None else word for word in word_ids]
 
 
 def test_a_word_longer_than_the_model_is_cut_and_still_answered(load):

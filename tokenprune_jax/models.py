@@ -103,11 +103,25 @@ class Head(nn.Module):
 
 
 def answered(logits: Float[Array, 'b *N c'], memory: Memory) -> Float[Array, 'b *N c']:
-  """The last head's logits or, of examples that have exited, those that they exited with."""
+  """The last head's logits or, of examples and of tokens that have exited, those that they exited with."""
   if 'exited' not in memory:
     return logits
-  exited = memory['exited'].reshape(-1, *[1] * (logits.ndim - 1))
-  return jnp.where(exited, memory['prediction'], logits)
+  done = memory['exited'].reshape(-1, *[1] * (logits.ndim - 1))
+  if 'answered' in memory:
+    done |= memory['answered'][..., None]
+  return jnp.where(done, memory['prediction'], logits)
+
+
+def words_of(reducer: Reducer, batch: Mapping[str, Any]) -> Array | None:
+  """The words [b n] of a batch, for a method that asks for them; else None. Raises UserError where they are missing."""
+  if not reducer.needs_words():
+    return None
+  if 'words' not in batch:
+    raise UserError(
+      "this method decides by words, and the batch has no 'words': the number of the word that each token is a piece of, "
+      '-1 for none. Sentences of tagged words have them (docs/tagging.md).'
+    )
+  return batch['words']
 
 
 def encoder_of(model: 'Classifier', executor: str, name: str | None = None) -> Encoder:
@@ -135,6 +149,10 @@ class Classifier(nn.Module):
     ):
       if value not in choices:
         raise UserError(f'{key} is {value!r}; choose one of {", ".join(choices)}')
+    if self.reducer.needs_words() and self.readout != 'tokens':
+      raise UserError(
+        f"task.readout is {self.readout!r}, but this method tags words: set task.name='tag' and task.readout='tokens'"
+      )
     if self.readout not in self.reducer.readouts():
       raise UserError(
         f'task.readout is {self.readout!r}, but this method leaves tokens for {", ".join(self.reducer.readouts())} only'
@@ -156,8 +174,9 @@ class Classifier(nn.Module):
     encoder = encoder_of(self, self.executor, 'encoder')
     controls = dict(batch.get('controls', {}))
     inputs = Inputs(
-      batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config, self.readout == 'cls'
-    )
+      batch['ids'], batch['mask'], batch['types'], controls, self.labels, self.config, self.readout == 'cls',
+      words_of(self.reducer, batch),
+    )  # fmt: skip
     tokens, memory, trace = encoder(inputs, train)
     read = read_out(tokens, self.readout, memory)
     logits = Head(self.config, self.labels, self.head, name='head')(read, train)
@@ -176,7 +195,7 @@ class Classifier(nn.Module):
   def init_params(self, key: Array) -> dict:
     """Random parameters, the tree described in `pretrained`."""
     ids = jnp.zeros((1, min(8, self.config.max_length)), jnp.int32)
-    batch = {'ids': ids, 'mask': jnp.ones_like(ids, bool), 'types': ids}
+    batch = {'ids': ids, 'mask': jnp.ones_like(ids, bool), 'types': ids, 'words': ids}
     model = self.clone(executor='mask')
     return jax.jit(model.init)(key, batch)['params']
 

@@ -9,6 +9,7 @@ arrays with leading axis b in original-position indexing. Entries of `memory` th
   assignment [b N] int32: the combination slot each input token went to;
   exited [b] bool, prediction [b c] (where tokens are read [b N c]): examples that are answered before the last layer, and
   their logits;
+  answered [b N] bool: where tokens are read, those that have their logits in `prediction` though their example goes on;
   logits [b e c]: of all exits, for a training objective.
 
 The encoder's own entry, where the model reads every token: board [b N d], the last states of tokens that left the stream.
@@ -79,6 +80,10 @@ class Reducer(nn.Module):
   def readouts(self) -> tuple[str, ...]:
     """The read-outs that it leaves enough tokens for."""
     return ('cls', 'mean', 'tokens')
+
+  def needs_words(self) -> bool:
+    """Whether it has to know which word each token is a piece of: `Inputs.words`."""
+    return False
 
   def soft(self) -> str:
     """How masks act while they are soft and the task's gradient has to reach them; '': they are hard.

@@ -34,6 +34,7 @@ class Request:
 
   ids: np.ndarray
   types: np.ndarray
+  words: np.ndarray | None  # where the method decides by them
   controls: Mapping[str, float]
   truncated: int
   future: concurrent.futures.Future
@@ -50,16 +51,17 @@ class Reader(NamedTuple):
   """Makes requests of what callers give.
 
   longest: tokens that fit; vocabulary: number of token ids; controls: those that a request may set, with their defaults;
-  encode: as in `serve.Server`.
+  encode: as in `serve.Server`. words: whether requests have to say which word each token is a piece of.
   """
 
   longest: int
   vocabulary: int
   controls: Mapping[str, float]
   encode: Callable[..., Sequence[Any]] | None
+  words: bool = False
 
   def read(self, given: Any, controls: Mapping[str, float]) -> Request:
-    """A request of token ids, a text or a pair of texts. Raises UserError for anything else."""
+    """A request of token ids, {'ids', 'words'}, a text or a pair of texts. Raises UserError for anything else."""
     unknown = sorted(set(controls) - set(self.controls))
     if unknown:
       known = ', '.join(self.controls) or 'none'
@@ -67,13 +69,35 @@ class Reader(NamedTuple):
     values = {**self.controls, **controls}
     if not all(np.isfinite(value) for value in values.values()):
       raise UserError(f'controls are {values}; expected finite numbers.')
+    words = None
+    if isinstance(given, Mapping):
+      given, words = self.with_words(given)
+    elif self.words:
+      raise UserError(
+        "this model decides by words: a request is {'ids': token ids, 'words': the number of the word that each is a piece "
+        'of, -1 for none}. The server of a loaded tagger makes it of a sentence.'
+      )
     texts = (given,) if isinstance(given, str) else given
     if isinstance(texts, (tuple, list)) and any(isinstance(part, str) for part in texts):
       ids, types, cut = self.encoded(texts)
     else:
       ids = self.checked(given)
       types, cut = np.zeros_like(ids), 0
-    return Request(ids, types, values, cut, concurrent.futures.Future())
+    return Request(ids, types, words if self.words else None, values, cut, concurrent.futures.Future())
+
+  def with_words(self, given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, words) of a request that has both. Raises UserError where words do not fit."""
+    if set(given) != {'ids', 'words'}:
+      raise UserError(f"the request has the keys {sorted(map(str, given))}; expected 'ids' and 'words'.")
+    ids, words = self.checked(given['ids']), as_array(given['words'])
+    if words.shape != ids.shape or not np.issubdtype(words.dtype, np.integer):
+      raise UserError(
+        f'the request has {len(ids)} token ids; words is {given["words"]!r:.60}, expected as many numbers.'
+      )
+    steps = np.diff(words[words >= 0], prepend=-1)
+    if words.min() < -1 or (steps < 0).any() or (steps > 1).any():
+      raise UserError('words are to be numbered from 0 in their order, and tokens of none to have -1.')
+    return ids, words.astype(np.int32)
 
   def encoded(self, texts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, int]:
     """(ids, types, tokens cut off) of a text or a pair."""
@@ -90,10 +114,7 @@ class Reader(NamedTuple):
 
   def checked(self, given: Any) -> np.ndarray:
     """Token ids as an array. Raises UserError."""
-    try:
-      ids = np.asarray(given)
-    except ValueError:  # rows of different lengths
-      ids = np.zeros((1, 1))
+    ids = as_array(given)
     if ids.size == 0:
       raise UserError('the request is empty; expected at least one token.')
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -106,3 +127,11 @@ class Reader(NamedTuple):
         f'the request holds token id {wrong}; the model has the ids 0 to {self.vocabulary - 1}.'
       )
     return ids.astype(np.int32)
+
+
+def as_array(given: Any) -> np.ndarray:
+  """As NumPy reads it; something of two axes where rows differ in length."""
+  try:
+    return np.asarray(given)
+  except ValueError:
+    return np.zeros((1, 1))

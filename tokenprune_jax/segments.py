@@ -98,7 +98,8 @@ def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
 def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, Any], given: Any):
   """One segment: (State or None at the end, Report).
 
-  given: a State, for the first segment a batch (ids, mask, types [b n], controls {name: [b]}). length: N.
+  given: a State, for the first segment a batch (ids, mask, types and, where the method asks for them, words [b n], controls
+  {name: [b]}). length: N.
   """
   encoder = make_encoder(model)
 
@@ -114,6 +115,7 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
       model.labels,
       model.config,
       model.readout == 'cls',
+      given.get('words'),
     )
     tokens, memory = call('begin', inputs, False, length)
   else:
@@ -218,6 +220,8 @@ class Programs:
     """What a segment takes in a bucket."""
     if index == 0:
       row = {'ids': jnp.int32, 'mask': bool, 'types': jnp.int32}
+      if self.model.reducer.needs_words():
+        row['words'] = jnp.int32
       batch: dict[str, Any] = {
         k: jax.ShapeDtypeStruct((bucket.rows, bucket.slots), t) for k, t in row.items()
       }

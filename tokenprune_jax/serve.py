@@ -61,7 +61,8 @@ class Server:
 
   ladder: the shapes. queue: requests that may wait. encode: (texts, second texts or None) -> [(encoding, tokens cut off)],
   as `data.Encoder`; without it requests are token ids. controls: {name: default} of the method's controls that a request
-  may set. labels: names of the classes. Raises UserError where the ladder is none.
+  may set. labels: names of the classes. Raises UserError where the ladder is none. Where the method decides by words
+  (`Reducer.needs_words`), a request is {'ids': …, 'words': the number of the word that each token is a piece of, or -1}.
   """
 
   def __init__(
@@ -80,7 +81,8 @@ class Server:
     config, controls = model.config, dict(controls or {})
     self.model, self.queue, self.ladder = model, queue, (ladder or Ladder()).settled(config.max_length)
     self.labels = tuple(labels)
-    self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode)
+    self.words = model.reducer.needs_words()
+    self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
     self.waiting: collections.deque[Request] = collections.deque()
     self.pools: dict[Place, Pool] = {}  # none of them full
@@ -95,7 +97,7 @@ class Server:
   def submit(
     self, request: Any, controls: Mapping[str, float] | None = None, *, wait: bool = False
   ) -> concurrent.futures.Future:
-    """A future of the request's Answer. request: token ids, or a text or a pair of texts.
+    """A future of the request's Answer. request: token ids, a text or a pair of texts, or ids with their words (see above).
 
     wait: until there is room in the queue. Raises UserError for a request that cannot be served, for a full queue
     and for a closed server.
@@ -276,13 +278,16 @@ class Server:
     """Requests side by side; rows left over are empty."""
     ids = np.full((bucket.rows, bucket.slots), self.model.config.pad_id, np.int32)
     types, mask = np.zeros_like(ids), np.zeros(ids.shape, bool)
+    words = {'words': np.full(ids.shape, -1, np.int32)} if self.words else {}
     controls = {name: np.full(bucket.rows, value, np.float32) for name, value in self.reader.controls.items()}
     for row, request in enumerate(requests):
       length = len(request.ids)
       ids[row, :length], types[row, :length], mask[row, :length] = request.ids, request.types, True
+      if request.words is not None:
+        words['words'][row, :length] = request.words
       for name, value in request.controls.items():
         controls[name][row] = value
-    return {'ids': ids, 'mask': mask, 'types': types, 'controls': controls}
+    return {'ids': ids, 'mask': mask, 'types': types, **words, 'controls': controls}
 
   def run(self, pool: Pool) -> None:
     """Starts a pool's program; where most of its rows are empty, one row at a time."""

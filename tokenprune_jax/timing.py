@@ -80,7 +80,7 @@ class Forward:
 
 
 class Served:
-  """A server, with all that it may need compiled, and the rows of token ids that it is given at once.
+  """A server, with all that it may need compiled, and the requests, of token ids, that it is given at once.
 
   compile_seconds; macs: multiply-adds as a share of dense's.
   """
@@ -91,10 +91,10 @@ class Served:
     self,
     model: Classifier,
     params: Any,
-    rows: Sequence[np.ndarray],
+    rows: Sequence[Any],
     controls: Mapping[str, float] | None = None,
   ):
-    longest = max(map(len, rows))
+    longest = max(len(row['ids'] if isinstance(row, Mapping) else row) for row in rows)
     lengths = (*(n for n in ladder.LENGTHS if n < longest), longest)
     self.rows = rows
     self.server = serve.Server(model, params, ladder=ladder.Ladder(lengths), controls=controls)
@@ -113,14 +113,15 @@ class Served:
     self.server.close()
 
 
-def rows_of(batches: Sequence[Batch]) -> list[np.ndarray]:
-  """The token ids of all examples without padding; filler rows left out."""
-  return [
-    np.asarray(ids)[np.asarray(mask)]
-    for batch in batches
-    for ids, mask, weight in zip(*(batch[name] for name in ('ids', 'mask', 'weight')))
-    if weight > 0
-  ]
+def rows_of(batches: Sequence[Batch]) -> list[Any]:
+  """Requests of all examples without padding, filler rows left out: token ids, with their words where batches have them."""
+  found: list[Any] = []
+  for batch in batches:
+    mask, weight = np.asarray(batch['mask']), np.asarray(batch['weight'])
+    fields = {name: np.asarray(batch[name]) for name in ('ids', 'words') if name in batch}
+    rows = [{name: x[i, mask[i]] for name, x in fields.items()} for i in np.flatnonzero(weight > 0)]
+    found += rows if 'words' in fields else [row['ids'] for row in rows]
+  return found
 
 
 def beside_dense(

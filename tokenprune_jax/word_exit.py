@@ -11,8 +11,7 @@ order, and `valid` says which places hold one.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 SURE = -1.0  # below every uncertainty
 UPPER = 2.0  # factor of the thresholds of the upper half
@@ -44,10 +43,9 @@ def exit_layers(
   delta: Float[Array, 'l b'] | Float[Array, 'l 1'],
 ) -> Int[Array, 'b w']:
   """The layer, counted from 1, that each word would exit at, from what all layers say of it; the last where none is sure."""
-  depth = uncertainty.shape[0]
   sure = jnp.stack([window_max(u, valid, window) < d[:, None] for u, d in zip(uncertainty, delta)])
   sure = sure.at[-1].set(True)
-  return jnp.argmax(sure, 0) + 1 if depth else jnp.zeros(valid.shape, jnp.int32)
+  return jnp.argmax(sure, 0) + 1
 
 
 def first_pieces(word: Int[Array, 'b n']) -> Bool[Array, 'b n']:
@@ -56,9 +54,14 @@ def first_pieces(word: Int[Array, 'b n']) -> Bool[Array, 'b n']:
   return (word >= 0) & (word != before)
 
 
+def places(word: Int[Array, 'b n'], mask: Bool[Array, 'b n']) -> Bool[Array, 'b w']:
+  """Which of n places for words hold one."""
+  return jnp.arange(word.shape[1]) <= jnp.where(mask, word, -1).max(-1, keepdims=True)
+
+
 def of_words(
-  values: Num[Array, 'b n *c'], first: Bool[Array, 'b n'], word: Int[Array, 'b n'], count: int
-) -> Num[Array, 'b w *c']:
+  values: Shaped[Array, 'b n *c'], first: Bool[Array, 'b n'], word: Int[Array, 'b n'], count: int
+) -> Shaped[Array, 'b w *c']:
   """What stands at the first piece of each word, in `count` places by the words' numbers; 0 where there is none."""
   place = jnp.where(first & (word >= 0), word, count)  # out of range: dropped
 
@@ -68,10 +71,17 @@ def of_words(
   return jax.vmap(scattered)(values, place)
 
 
+def put(
+  board: Shaped[Array, 'b N *c'], at: Int[Array, 'b n'], values: Shaped[Array, 'b n *c']
+) -> Shaped[Array, 'b N *c']:
+  """The board with values written to their places; those at N are left out. Row by row: rows may be spread over devices."""
+  return jax.vmap(lambda row, place, new: row.at[place].set(new, mode='drop'))(board, at, values)
+
+
 def to_pieces(
-  values: Num[Array, 'b w'] | Bool[Array, 'b w'], word: Int[Array, 'b n'], fill: float | bool
+  values: Num[Array, 'b w'] | Bool[Array, 'b w'], word: Int[Array, 'b n'], fill: float | bool | Array
 ) -> Num[Array, 'b n'] | Bool[Array, 'b n']:
-  """The value [b w] of the word that each piece belongs to; `fill` for pieces of none."""
+  """The value [b w] of the word that each piece belongs to; `fill`, or [b 1] of each example, for pieces of none."""
   found = jnp.take_along_axis(values, jnp.maximum(word, 0), axis=1)
   return jnp.where(word >= 0, found, fill)
 
@@ -90,18 +100,3 @@ def sampled_settings(
   window = jnp.where(role == 4, min(windows), window)
   delta = jnp.where(role == 5, max(deltas), delta)
   return window, delta, role >= 4
-
-
-def illegal_transitions(labels: tuple[str, ...]) -> Bool[np.ndarray, 'c c']:
-  """[i, j]: tag j cannot follow tag i under BIO, or BIOES where the labels have S or E; others may follow anything."""
-  ending = any(label[:2] in ('S-', 'E-') for label in labels)
-
-  def wrong(before: str, after: str) -> bool:
-    kind, _, name = before.partition('-')
-    into, _, other = after.partition('-')
-    inside = kind in ('B', 'I')
-    if into in ('I', 'E'):
-      return not (inside and name == other)
-    return ending and inside  # an entity that has begun must end with E
-
-  return np.array([[wrong(a, b) for b in labels] for a in labels], bool)

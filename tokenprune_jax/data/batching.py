@@ -124,6 +124,8 @@ def collate(split: Split, rows: Int[np.ndarray, ' b'], width: int, pad_id: int) 
     'weight': (rows >= 0).astype(np.float32),
     'index': rows.astype(np.int32),
   }
+  if split.word_of is not None:
+    batch['words'] = np.full((count, width), -1, np.int32)
   for row in np.flatnonzero(rows >= 0):
     example = int(rows[row])
     length = split.lengths[example]
@@ -134,6 +136,8 @@ def collate(split: Split, rows: Int[np.ndarray, ' b'], width: int, pad_id: int) 
       batch['label'][row] = split.label[example]
     else:
       batch['label'][row, :length] = split.tags[split.place(example)]
+    if split.word_of is not None:
+      batch['words'][row, :length] = split.word_of[split.place(example)]
   return batch
 
 
@@ -152,8 +156,8 @@ def batches(
 
   ids [b n] int32, mask [b n] bool (True at tokens), types [b n] int32, label [b] int32, weight [b] float32 (0
   at filler rows), index [b] int32 (example in the split, -1 at filler rows); n is one of `buckets`. Where the
-  split labels tokens, label is [b n], -1 at tokens without one. The rows of all processes, in their order, are
-  the batch that one process would get.
+  split labels tokens, label is [b n], -1 at tokens without one, and words [b n] int32 the number of the word that each is
+  a piece of, -1 for none. The rows of all processes, in their order, are the batch that one process would get.
 
   batch_size: rows over all processes. seed: of the shuffling. Raises UserError where the split is empty, the
   batch cannot be shared out, or an example is longer than the last bucket.

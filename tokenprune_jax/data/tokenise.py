@@ -61,7 +61,8 @@ class Words(NamedTuple):
 class Split:
   """The examples of one split. Texts are read from disk when asked for, tokens lie in memory.
 
-  tags: where tokens are labelled, the label of each, -1 for none; words: what they belong to. `label` then is all 0.
+  tags: where tokens are labelled, the label of each, -1 for none; words: what they belong to; word_of: the number, in its
+  example, of the word that each token is a piece of, -1 for none. `label` then is all 0.
   """
 
   def __init__(
@@ -71,8 +72,9 @@ class Split:
     read: Callable[[int], tuple[str, str]],
     tags: Int[np.ndarray, ' T'] | None = None,
     words: Words | None = None,
+    word_of: Int[np.ndarray, ' T'] | None = None,
   ):
-    self.encoded, self.tags, self.words = encoded, tags, words
+    self.encoded, self.tags, self.words, self.word_of = encoded, tags, words, word_of
     self.label = label.astype(np.int32)  # [N]
     self.lengths = np.diff(encoded.starts).astype(np.int32)  # [N] tokens, special ones included
     self.cut = encoded.cut  # [N] tokens left out

@@ -1,7 +1,8 @@
 """Words to the inputs of an encoder: word pieces, sentences joined, and sentences that are too long cut into windows.
 
 The label of a word sits on its first piece. Where windows overlap, a word is labelled, and so answered, in one of them
-alone: the one in which it has most context, counted in word pieces on its poorer side.
+alone: the one in which it has most context, counted in word pieces on its poorer side. Words are numbered in each window,
+those that another one answers included: there they are context, and a method that decides by words counts them like any.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from tokenprune_jax.data.tokenise import Encoded, Encoder, Split, Words
 from tokenprune_jax.errors import UserError
 
 MOST_KNOWN = 1_000_000  # words that a tokenizer's answers are kept of
+NO_WORD = -1  # number of special tokens, which belong to none
 UNLABELLED = -1  # label of pieces that are not the first of a word, and of words that another window answers
 
 
@@ -128,7 +130,7 @@ def encode_sentences(
   sentences = [sentence for unit in units for sentence in unit]
   encoder.learn(word for sentence in sentences for word in sentence.words)
   pieces = {word: encoder.known[word][: encoder.room] for s in sentences for word in s.words}
-  rows, labels, cut, example = [], [], [], []
+  rows, labels, word_of, cut, example = [], [], [], [], []
   for unit in units:
     lengths = [sum(len(pieces[word]) for word in sentence.words) for sentence in unit]
     for group in joined(unit, lengths, encoder.room):
@@ -149,6 +151,8 @@ def encode_sentences(
             *[UNLABELLED] * len(encoder.behind),
           ]
         )
+        numbered = (x for i in read for x in [i - window.start] * counts[i])
+        word_of.append([*[NO_WORD] * len(encoder.before), *numbered, *[NO_WORD] * len(encoder.behind)])
         answered = words[window.first : window.last]
         cut.append(sum(len(encoder.known[word]) - len(pieces[word]) for word in answered))
         example += [len(rows) - 1] * len(answered)
@@ -160,8 +164,9 @@ def encode_sentences(
   )
   about = Words(tuple(names), scheme, tuple(sentences), np.array(example, np.int64))
   return Split(
-    encoded, np.zeros(len(rows), np.int32), lambda i: (about.text(i), ''), flat(labels, np.int32), about
-  )
+    encoded, np.zeros(len(rows), np.int32), lambda i: (about.text(i), ''), flat(labels, np.int32), about,
+    flat(word_of, np.int32),
+  )  # fmt: skip
 
 
 def flat(rows: Iterable[Iterable[int]], kind: type) -> Int[np.ndarray, ' T']:

@@ -28,6 +28,9 @@ class Method(Reducer):
     left = [reducer.readouts() for reducer in self.reducers]
     return tuple(name for name in super().readouts() if all(name in names for names in left))
 
+  def needs_words(self) -> bool:
+    return any(reducer.needs_words() for reducer in self.reducers)
+
   def soft(self) -> str:
     return next((reducer.soft() for reducer in self.reducers if reducer.soft()), '')
 

@@ -8,9 +8,9 @@ Li, Shao, Sun, Yan, Qiu, Huang: Accelerating BERT Inference for Sequence Labelin
   sentence  all words exit where the largest (or mean) uncertainty of the sentence is below delta_l, or where
             the smallest probability of a best tag is above it
 
-delta_l = threshold in the lower half of the encoder and `upper` times as much above, at most `cap`. An example leaves when
-all of its words have exited; [CLS] and [SEP] never halt before. While training nothing exits, unless the layers at which
-words are to exit are given (control `exit_layers`).
+delta_l = threshold in the lower half of the encoder and `upper` times as much above, at most `cap` (a probability is the
+same for all layers). An example leaves when all of its words have exited; [CLS] and [SEP] never halt before. While training
+nothing exits, unless the layers at which words are to exit are given (control `exit_layers`).
 
 Two stages train it. `tags_joint`: all exits and the last classifier learn the tags, the i-th weighted by i. `tags_sampled`,
 with the first stage as its teacher: each example draws a window and a delta, its words halt where the teacher would have
@@ -19,6 +19,7 @@ exited under them, and each layer learns the words that are still there, by how 
 Controls of a request: `exit_threshold`, `exit_window` [b], in place of the fields.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,16 +34,21 @@ from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.reducers.early_exit import uncertainty
 from tokenprune_jax.tasks import cross_entropy, weighted_mean
-from tokenprune_jax.tokens import Tokens, empty_rows
+from tokenprune_jax.tokens import Tokens, empty_rows, live
 
-TINY: dict = {'layers': (1, 2), 'threshold': 0.9, 'window': 3}
+READOUT = 'tokens'  # what the shared tests read out
+TINY: dict = {'layers': (1, 2, 3), 'threshold': 0.95, 'upper': 1.02, 'window': 3}
 NEUTRAL: dict = {'layers': (1, 2), 'threshold': 0.0}
 LEVELS = ('token', 'sentence')
-CRITERIA = ('entropy', 'max_probability')
 POOLS = ('max', 'mean')
 COPIED = ('all', 'first')
 SURE_OF_ALL = 1.1  # a threshold above every uncertainty
+LIMITS = {  # criterion -> thresholds at which nothing exits, and all does
+  'entropy': (0.0, SURE_OF_ALL),
+  'max_probability': (1.0, 0.0),
+}
 WINDOWS = (5, 7, 9, 11, 13, 15)  # that training samples
+NEVER = 1 << 20  # a layer that no encoder has
 DELTAS = (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
 SAMPLED_CAP = 0.5
 
@@ -60,7 +66,7 @@ def sentence_doubt(
 # ------------------------------------------------------------------------------------------------- Objectives
 def by_words(output: Any, batch: Mapping[str, Any]) -> tuple[Array, Array, Array]:
   """(logits of the exits and the last classifier [l b w c], tags [b w], weight [b w])."""
-  word = batch['words']
+  word = jnp.where(batch['mask'], batch['words'], -1)
   first, count = word_exit.first_pieces(word), word.shape[1]
   last = word_exit.of_words(output.logits, first, word, count)
   tags = word_exit.of_words(batch['label'] + 1, first, word, count) - 1  # -1: no word, or one without a tag
@@ -72,7 +78,7 @@ def by_words(output: Any, batch: Mapping[str, Any]) -> tuple[Array, Array, Array
 
 
 def tags_joint(apply, params, batch, rng, teacher):
-  """All exits learn the tags, the later the heavier."""
+  """All exits and the last classifier learn the tags, the later the heavier."""
   output = apply(params, batch, rng)
   logits, tags, weight = by_words(output, batch)
   losses = [weighted_mean(cross_entropy(layer, tags), weight) for layer in logits]
@@ -87,14 +93,18 @@ def tags_sampled(apply, params, batch, rng, teacher):
       "the objective 'tags_sampled' needs a teacher: the stage that was trained by 'tags_joint'."
     )
   own, sampling = jax.random.split(rng)
-  old = teacher({**batch, 'controls': {'exit_threshold': jnp.zeros(len(batch['ids']))}})
+  old = teacher({**batch, 'controls': {'exit_layers': jnp.full(batch['ids'].shape, NEVER)}})
+  if old.exits is None:
+    raise UserError(
+      "the teacher of the objective 'tags_sampled' has no exits; name the stage that trained them"
+    )
   before, tags, weight = by_words(old, batch)
   depth = old.trace.keys.shape[1]
   if len(before) != depth:
     raise UserError(
       f"the objective 'tags_sampled' needs an exit behind each layer: set reducer.layers to 1, …, {depth - 1}"
     )
-  leaving = sampled_exits(sampling, uncertainty(before), tags >= 0)
+  leaving = sampled_exits(sampling, uncertainty(before), word_exit.places(batch['words'], batch['mask']))
   output = apply(params, {**batch, 'controls': {'exit_layers': leaving}}, own)
   logits, _, _ = by_words(output, batch)
   losses = []
@@ -121,15 +131,17 @@ OBJECTIVES = {'tags_joint': tags_joint, 'tags_sampled': tags_sampled}
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """The threshold at which validation costs it."""
 
+  dear, cheap = LIMITS[fields.get('criterion', Method.criterion)]
+
   def cost(threshold):
     return validation.mac_ratio({'exit_threshold': threshold})
 
-  if (least := cost(SURE_OF_ALL)) > target:
+  if (least := cost(cheap)) > target:
     raise UserError(
       f'the budget is {target}, but on the validation split at least {least:.3f} of the dense multiply-adds are left, '
       'where all exit at the first layer with an exit. Ask for more, or put an exit behind a lower layer.'
     )
-  return {'threshold': budget.bisect(cost, target, 0.0, SURE_OF_ALL)}
+  return {'threshold': budget.bisect(cost, target, dear, cheap)}
 
 
 # ----------------------------------------------------------------------------------------------------- Method
@@ -138,9 +150,11 @@ class Method(Reducer):
 
   layers: tuple[int, ...] = tuple(range(1, 12))  # with an exit, counted from 1
   level: str = 'token'  # or 'sentence'
-  threshold: float = 0.1  # of the lower half: 0 nothing exits, above 1 all does
+  threshold: float = (
+    0.1  # of the lower half: 0 nothing exits, 1.1 all does; as a probability 1 nothing, 0 all
+  )
   upper: float = word_exit.UPPER  # factor of the threshold in the upper half
-  cap: float = 1.1  # of the threshold, after that
+  cap: float = SURE_OF_ALL  # of the threshold, after that
   window: int = 15  # words, odd
   criterion: str = 'entropy'  # or 'max_probability', of a sentence
   pool: str = 'max'  # or 'mean', of a sentence
@@ -153,9 +167,11 @@ class Method(Reducer):
       raise UserError(
         f'reducer.layers is {self.layers}; an exit stands behind one of the layers 1 to {depth - 1}'
       )
+    if list(self.layers) != sorted(set(self.layers)):
+      raise UserError(f'reducer.layers is {self.layers}; expected different layers in their order')
     for key, value, choices in (
       ('level', self.level, LEVELS),
-      ('criterion', self.criterion, CRITERIA),
+      ('criterion', self.criterion, tuple(LIMITS)),
       ('pool', self.pool, POOLS),
       ('copied', self.copied, COPIED),
     ):
@@ -165,12 +181,30 @@ class Method(Reducer):
       raise UserError("reducer.criterion goes with level='sentence'; words exit by entropy")
     if self.window < 1 or self.window % 2 == 0:
       raise UserError(f'reducer.window is {self.window}; expected an odd number of words, 1 or more')
-    for key, value in (('threshold', self.threshold), ('upper', self.upper), ('cap', self.cap)):
-      if value < 0:
-        raise UserError(f'reducer.{key} is {value}; expected a number from 0')
+    never, always = LIMITS[self.criterion]
+    if not min(never, always) <= self.threshold <= max(never, always):
+      raise UserError(
+        f'reducer.threshold is {self.threshold}; expected a number between {never}, at which nothing exits, and {always}, '
+        'at which all does'
+      )
+    for key, number, most in (
+      ('upper', self.upper, math.inf),
+      ('cap', self.cap, math.inf),
+      ('dropout', self.dropout, 0.99),
+    ):
+      if not 0 <= number <= most:
+        raise UserError(
+          f'reducer.{key} is {number}; expected a number from 0' + f' to {most}' * (most < math.inf)
+        )
 
   def setup(self):
     self.exit = {str(l): WordHead(self.dropout) for l in self.layers}
+
+  def readouts(self) -> tuple[str, ...]:
+    return ('tokens',)
+
+  def needs_words(self) -> bool:
+    return True
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, False) for l in self.layers)
@@ -179,16 +213,19 @@ class Method(Reducer):
     return self.level == 'token'
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
-    b, n = inputs.ids.shape
+    b, n = inputs.ids.shape[0], tokens.length
     exits, given = len(self.layers), inputs.controls
-    factors = jnp.asarray([1.0 if l <= inputs.depth // 2 else self.upper for l in self.layers])
+    doubled = self.criterion == 'entropy'
+    factors = jnp.asarray([self.upper if doubled and l > inputs.depth // 2 else 1.0 for l in self.layers])
     delta = given.get('exit_threshold', jnp.full(b, self.threshold))
+    assert inputs.words is not None  # `needs_words` asks for them
+    word = jnp.where(inputs.mask, inputs.words, -1)
     memory = {
       'exit_limits': jnp.minimum(delta[:, None] * factors, self.cap),
       'exit_window': given.get('exit_window', jnp.full(b, float(self.window))),
       'exited': jnp.zeros(b, bool),
       'exits_run': jnp.zeros(b, jnp.int32),
-      'word_valid': jnp.arange(n) <= inputs.words.max(-1, keepdims=True),
+      'word_valid': jnp.arange(n) <= word.max(-1, keepdims=True),
       'word_done': jnp.zeros((b, n), bool),
       'word_exit': jnp.zeros((b, n), jnp.int32),
       'answered': jnp.zeros((b, n), bool),
@@ -198,14 +235,16 @@ class Method(Reducer):
     }
     if 'exit_layers' in given:
       memory['exit_layers'] = given['exit_layers']
-    carry = {'word': inputs.words, 'first': word_exit.first_pieces(inputs.words)}
+    word = jnp.pad(word, ((0, 0), (0, tokens.added)), constant_values=-1)
+    carry = {'word': word, 'first': word_exit.first_pieces(word)}
     if self.keep_norm:
       carry['halted'] = jnp.zeros_like(tokens.x)
     return tokens.replace(carry={**tokens.carry, **carry}), memory
 
-  def now(self, logits: Float[Array, 'b w c'], memory: Memory, layer: int, train: bool) -> Bool[Array, 'b w']:
-    """The words that are sure at a layer, whether or not they have exited before."""
-    valid = memory['word_valid']
+  def now(
+    self, logits: Float[Array, 'b w c'], valid: Bool[Array, 'b w'], memory: Memory, layer: int, train: bool
+  ) -> Bool[Array, 'b w']:
+    """The words that are sure at a layer, whether or not they have exited before. valid: places that hold a word."""
     if 'exit_layers' in memory:
       return valid & (memory['exit_layers'] <= layer)
     if train:
@@ -221,31 +260,34 @@ class Method(Reducer):
     if layer not in self.layers:
       return tokens, memory
     word, done = tokens.carry['word'], memory['word_done']
-    first = tokens.carry['first'] & (tokens.position >= 0)  # a place left over may hold what was dropped
+    there = live(tokens) & (tokens.position >= 0)  # a place left over may hold what was dropped
+    first = tokens.carry['first'] & there
     length, labels = memory['prediction'].shape[1:]
     pieces = self.exit[str(layer)](tokens.x.astype(jnp.float32), labels, train)
     logits = word_exit.of_words(pieces, first, word, length)
-    new = self.now(logits, memory, layer, train) & ~done
+    new = self.now(logits, word_exit.of_words(first, first, word, length), memory, layer, train) & ~done
     done |= new
-    rows = jnp.arange(done.shape[0])[:, None]
-    answered = jnp.where(first & word_exit.to_pieces(new, word, False), tokens.position, length)
+    real, waited = memory['word_valid'], ~memory['exited']
+    exited = (done | ~real).all(-1) & real.any(-1) & (not train)
+    # Who leaves is answered by this exit: the pieces of its words and, when an example ends here, what belongs to none.
+    leaving = there & word_exit.to_pieces(new, word, exited[:, None])
+    at = jnp.where(leaving, tokens.position, length)
     place = jax.nn.one_hot(memory['exits_run'], len(self.layers))
-    asked = (memory['word_valid'] & ~memory['exited'][:, None]).sum(-1)
     memory = {
       **memory,
-      'exited': (done | ~memory['word_valid']).all(-1) & (not train),
+      'exited': exited,
       'exits_run': memory['exits_run'] + 1,
       'word_done': done,
       'word_exit': jnp.where(new, layer, memory['word_exit']),
-      'answered': memory['answered'].at[rows, answered].set(True, mode='drop'),
-      'prediction': memory['prediction'].at[rows, answered].set(pieces, mode='drop'),
+      'answered': word_exit.put(memory['answered'], at, leaving),
+      'prediction': word_exit.put(memory['prediction'], at, pieces),
       'logits': memory['logits'] + place[..., None, None] * logits[:, None],
-      'macs_exits': memory['macs_exits'] + asked * tokens.x.shape[-1] * labels,
+      'macs_exits': memory['macs_exits'] + (real & waited[:, None]).sum(-1) * tokens.x.shape[-1] * labels,
     }
-    halted = word_exit.to_pieces(done, word, False) & (first | (self.copied == 'all'))
+    halted = word_exit.to_pieces(done, word, False) & (tokens.carry['first'] | (self.copied == 'all'))
     if self.level == 'token':
       tokens = tokens.replace(updated=tokens.updated * ~halted)
-    return (tokens if train else empty_rows(tokens, memory['exited'])), memory
+    return (tokens if train else empty_rows(tokens, exited)), memory
 
 
 class WordHead(nn.Module):
