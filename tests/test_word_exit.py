@@ -62,18 +62,3 @@ def test_settings_that_training_samples():
     assert set(np.asarray(delta).tolist()) <= set(np.float32(deltas).tolist())
     assert int(exits.sum()) == 12  # 4 of 10 exit nowhere
     assert int((window == 5).sum()) >= 2 and int((delta == np.float32(0.25)).sum()) >= 2
-
-
-def test_transitions():
-  bio = ('O', 'B-PER', 'I-PER', 'B-LOC', 'I-LOC')
-  wrong = word_exit.illegal_transitions(bio)
-  pairs = {(bio[i], bio[j]) for i, j in zip(*np.nonzero(wrong))}
-  inside = {('O', 'I-PER'), ('O', 'I-LOC')}
-  inside |= {(f'{k}-{a}', f'I-{b}') for k in 'BI' for a, b in (('PER', 'LOC'), ('LOC', 'PER'))}
-  assert pairs == inside
-  bioes = ('O', 'B-PER', 'I-PER', 'E-PER', 'S-PER')
-  wrong = word_exit.illegal_transitions(bioes)
-  legal = {(bioes[i], bioes[j]) for i, j in zip(*np.nonzero(~wrong))}
-  begun = {(a, b) for a in ('B-PER', 'I-PER') for b in ('I-PER', 'E-PER')}
-  free = {(a, b) for a in ('O', 'E-PER', 'S-PER') for b in ('O', 'B-PER', 'S-PER')}
-  assert legal == begun | free

@@ -5,8 +5,8 @@
     python -m tokenprune_jax.calibrate --run=runs/mine --accuracy=93   # the cheapest with at least 93%
 
 Writes the model with its new settings into RUN/calibrated (or --out), for `tokenprune_jax.load`; the run itself is left
-alone. `--loss` counts points of accuracy against the same model where nothing is removed. What can be set is what the
-method has one number for: see `at_budget` in its file.
+alone. `--loss` counts points of accuracy against the same model where nothing is removed. Of a tagger whose tags mark spans,
+accuracy is the F1 of spans. What can be set is what the method has one number for: see `at_budget` in its file.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenprune_jax import compile_cache, data, models, pretrained, stages, workdir, writer
+from tokenprune_jax import compile_cache, data, evaluate, models, pretrained, stages, tasks, workdir, writer
 from tokenprune_jax.errors import UserError
 
 GRID = tuple(np.round(np.arange(0.1, 1.0, 0.05), 2).tolist())  # budgets that an accuracy is looked for at
@@ -28,11 +28,12 @@ BATCH = 32
 
 
 class Setting(NamedTuple):
-  """A reducer's spec and what it does to the validation split: accuracy, and MACs as a share of dense's."""
+  """A reducer's spec and what it does to the validation split: accuracy or F1 of spans, and MACs as a share of dense's."""
 
   spec: Mapping[str, Any]
   accuracy: float
   mac_ratio: float
+  metric: str = 'accuracy'
 
 
 @functools.lru_cache(maxsize=8)
@@ -44,7 +45,8 @@ def compiled(model: models.Classifier) -> Callable:
 class Calibration:
   """A finished run's model, and the splits that it was validated and tested on.
 
-  limit: documents of the validation split that settings are found on; 0: all. changes: of the run's data settings.
+  limit: documents, or sentences, of the validation split that settings are found on; 0: all. changes: of the run's data
+  settings.
   """
 
   def __init__(self, run: str | pathlib.Path, limit: int = 0, **changes: Any):
@@ -52,7 +54,10 @@ class Calibration:
     if not (self.folder / 'model').is_dir():
       raise UserError(f'{self.folder} is no workdir of a finished run: there is no model/ in it')
     config = json.loads((self.folder / 'config.json').read_text(encoding='utf-8'))
-    self.data, self.seed, self.task = {**config['data'], **changes}, config['seed'], config['task']['name']
+    self.data, self.seed = {**config['data'], **changes}, config['seed']
+    self.task = tasks.make(config['task']['name'], config['task'].get('constrained', False))
+    if limit and self.task.name == 'tag':  # whole sentences, for spans
+      self.limit, self.data['valid_limit'] = 0, min(limit, self.data['valid_limit'] or limit)
     self.exported = pretrained.load_exported(self.folder / 'model')
     self.params = jax.device_put(self.exported.params)
     longest = self.data['max_length']
@@ -62,7 +67,7 @@ class Calibration:
   def splits(self) -> Mapping[str, data.Split]:
     """Read when first asked for."""
     tokenizer, length = self.exported.tokenizer, self.data['max_length']
-    return data.LOADERS[self.task](self.data, tokenizer, length, data.cache_dir(), seed=self.seed).splits
+    return data.LOADERS[self.task.name](self.data, tokenizer, length, data.cache_dir(), seed=self.seed).splits
 
   def model(self, spec: Mapping[str, Any]) -> models.Classifier:
     """The classifier with a method, by the executor `mask`."""
@@ -86,13 +91,19 @@ class Calibration:
 
   def measured(self, spec: Mapping[str, Any]) -> Setting:
     """What a setting does."""
-    right, macs, dense = [], 0.0, 0.0
+    words, found = self.splits['valid'].words, []
     for output, batch in self.validation(spec).controlled({}):
-      found = jax.device_get((output.logits, output.macs, output.dense_macs, batch['label'], batch['weight']))
-      logits, own, plain, label, weight = (values[found[-1] > 0] for values in found)
-      right.append((logits.argmax(-1) == label)[label >= 0])
-      macs, dense = macs + own.sum(dtype=np.float64), dense + plain.sum(dtype=np.float64)
-    return Setting(spec, float(np.concatenate(right).mean()), float(macs / dense))
+      own = {name: getattr(output, name) for name in ('logits', 'macs', 'dense_macs')}
+      result = jax.device_get({**own, **{name: batch[name] for name in ('index', 'label', 'weight')}})
+      found.append(result if words is None else evaluate.words_alone(result))
+    rows = evaluate.in_order(found)
+    logits, label = (
+      rows[name] if words is None else np.concatenate(rows[name]) for name in ('logits', 'label')
+    )
+    scores = self.task.scores(logits, label, words)
+    metric = 'f1' if words is not None and 'f1' in scores else 'accuracy'
+    ratio = rows['macs'].sum(dtype=np.float64) / rows['dense_macs'].sum(dtype=np.float64)
+    return Setting(spec, float(scores[metric]), float(ratio), metric)
 
   def at(self, budget: float) -> Setting:
     """The setting that costs `budget`. Raises UserError where none is that cheap."""
@@ -116,7 +127,7 @@ class Calibration:
       found.append(setting)
     best = max(found, key=lambda setting: setting.accuracy)
     raise UserError(
-      f'no setting reaches {accuracy:.1%} on the validation split; the best there is {best.accuracy:.1%}, at '
+      f'no setting reaches {accuracy:.1%} {best.metric} on the validation split; the best there is {best.accuracy:.1%}, at '
       f'{best.mac_ratio:.2f} of the dense multiply-adds'
     )
 
@@ -125,13 +136,13 @@ class Calibration:
     e = self.exported
     pretrained.export(
       folder, e.config, e.params, e.tokenizer, e.labels, readout=e.readout, head=e.head, reducer_spec=setting.spec,
-      max_length=e.max_length,
+      max_length=e.max_length, constrained=e.constrained,
     )  # fmt: skip
 
 
 def tell(setting: Setting) -> None:
   """One line about a setting."""
-  writer.say(f'MACs {setting.mac_ratio:.3f}  accuracy {setting.accuracy:.2%}')
+  writer.say(f'MACs {setting.mac_ratio:.3f}  {setting.metric} {setting.accuracy:.2%}')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument('--run', required=True, help='workdir of a finished run')
   goal = parser.add_mutually_exclusive_group(required=True)
   goal.add_argument('--macs', type=float, help="share of the dense model's multiply-adds")
-  goal.add_argument('--loss', type=float, help='points of accuracy that may be lost')
+  goal.add_argument(
+    '--loss', type=float, help='points of accuracy (of F1, where spans are tagged) that may be lost'
+  )
   goal.add_argument('--accuracy', type=float, help='percent that are to be right')
   parser.add_argument('--documents', type=int, default=0, help='of the validation split; 0: all')
   parser.add_argument('--out', default='', help='folder of the new model; RUN/calibrated where none is named')
@@ -156,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       setting = calibration.at(options.macs)
     elif options.loss is not None:
       whole = calibration.at(1.0)
-      writer.say(f'nothing removed: accuracy {whole.accuracy:.2%}')
+      writer.say(f'nothing removed: {whole.metric} {whole.accuracy:.2%}')
       setting = calibration.cheapest(whole.accuracy - options.loss / 100)
     else:
       setting = calibration.cheapest(options.accuracy / 100)

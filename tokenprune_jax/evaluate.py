@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tokenprune_jax import data, flops
+from tokenprune_jax import data, decoding, flops
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.tasks import Task
 
@@ -88,7 +88,8 @@ def evaluate(
   slots = sum(int(result['slots'].sum()) for result in results)
   if split.words is None:
     return summary(rows, model, task, slots), records(rows, executed(model))
-  return summary(rows, model, task, slots, split.words), sentence_records(rows, executed(model), split.words)
+  records_ = sentence_records(rows, executed(model), split.words, task.constrained)
+  return summary(rows, model, task, slots, split.words), records_
 
 
 def replaced(result: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -178,7 +179,7 @@ def records(rows: Mapping[str, np.ndarray], layers: Sequence[int]) -> list[dict[
 
 
 def sentence_records(
-  rows: Mapping[str, np.ndarray], layers: Sequence[int], words: data.Words
+  rows: Mapping[str, np.ndarray], layers: Sequence[int], words: data.Words, constrained: bool = False
 ) -> list[dict[str, Any]]:
   """One dict a sentence: index, words, tags, predicted, and probabilities of the predicted tags, in the split's order.
 
@@ -187,13 +188,14 @@ def sentence_records(
   """
   logits = np.concatenate(rows['logits']).astype(np.float64)
   odds = np.exp(logits - logits.max(-1, keepdims=True))
-  sure = np.round(odds.max(-1) / odds.sum(-1), 6)
+  best = decoding.best_tags(logits, words, constrained)
+  sure = np.round(odds[np.arange(len(best)), best] / odds.sum(-1), 6)
   share = 1 / np.bincount(words.example)[words.example]  # of each word in its input
   kept = rows['keep_ratio'][:, layers].mean(-1, dtype=np.float64)
   columns = {
     'words': [sentence.words for sentence in words.sentences],
     'tags': words.tags(np.concatenate(rows['label'])),
-    'predicted': words.tags(logits.argmax(-1)),
+    'predicted': words.tags(best),
     'probabilities': words.cut(sure.tolist()),
     'length': [sum(values) for values in words.cut((rows['length'][words.example] * share).tolist())],
     'keep_ratio': [float(np.mean(values)) for values in words.cut(kept[words.example].tolist())],

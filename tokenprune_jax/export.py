@@ -39,6 +39,7 @@ class Exported:
   head: str
   reducer_spec: dict[str, Any]
   max_length: int
+  constrained: bool = False  # a tagger's tags keep to their scheme
 
 
 def export(
@@ -52,11 +53,13 @@ def export(
   head: str,
   reducer_spec: Mapping[str, Any],
   max_length: int | None = None,
+  constrained: bool = False,
 ) -> None:
   """Writes a model, whole or not at all; an earlier export in the same folder is replaced.
 
   params: as `Classifier.init_params`, on the host or one process's devices. max_length: tokens of the longest
-  input, None = all the encoder takes. Raises UserError where the folder holds something else or is read-only.
+  input, None = all the encoder takes. constrained: as `config.task.constrained`.
+  Raises UserError where the folder holds something else or is read-only.
   """
   folder = Path(folder)
   _refuse_foreign(folder)
@@ -72,6 +75,7 @@ def export(
     'reducer': dict(reducer_spec),
     'max_length': max_length or config.max_length,
     'dtype': config.dtype,
+    **({'constrained': True} if constrained else {}),
   }
   own = _own_weights(params) if kind == families.BACKBONE else {}
   tensors = conversion.to_tensors(config, params, kind)
@@ -148,6 +152,7 @@ def load_exported(folder: str | Path) -> Exported:
     head=settings['head'],
     reducer_spec={key: _tuples(value) for key, value in settings['reducer'].items()},
     max_length=settings['max_length'],
+    constrained=settings.get('constrained', False) is True,
   )
 
 

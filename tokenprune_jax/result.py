@@ -70,6 +70,7 @@ def test(
       head=model.head,
       reducer_spec=spec,
       max_length=config['data']['max_length'],
+      constrained=config['task']['constrained'],
     )
     workdir.write_json(folder / 'result.json', result)
 

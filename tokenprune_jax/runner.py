@@ -17,6 +17,7 @@ class Runner:
 
   def __init__(self, exported: pretrained.Exported, executor: str = 'compact'):
     self.labels, self.max_length, self.tokenizer = exported.labels, exported.max_length, exported.tokenizer
+    self.constrained = exported.constrained  # of a tagger
     doubled = (SHORTEST << i for i in range(exported.max_length.bit_length()))
     self.buckets = (*(slots for slots in doubled if slots < exported.max_length), exported.max_length)
     self.model = models.Classifier(

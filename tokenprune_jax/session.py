@@ -32,11 +32,20 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
   sharding.check_batch('eval.batch_size', config['eval']['batch_size'])
   if config['predict']:
     predict.READERS[config['task']['name']](pathlib.Path(config['predict']), config['data'])
-  mesh, task = sharding.make_mesh(config['parallel']['fsdp']), tasks.make(config['task']['name'])
+  mesh, task = (
+    sharding.make_mesh(config['parallel']['fsdp']),
+    tasks.make(config['task']['name'], config['task']['constrained']),
+  )
   weights, max_length = load_weights(config), config['data']['max_length']
   check_stages(config, weights, task)
   load = data.LOADERS[task.name]
   dataset = load(config['data'], weights.tokenizer, max_length, data.cache_dir(), seed=config['seed'])
+  words = dataset.splits['train'].words
+  if task.constrained and words is not None and words.scheme == 'plain':
+    raise UserError(
+      f'config.task.constrained is True, but the tags of {dataset.name} mark no spans: {", ".join(dataset.labels[:8])}; '
+      'set it to False.'
+    )
   writer.say(dataset.describe())
   buckets = (*(length for length in config['data']['buckets'] if length < max_length), max_length)
   out = sharding.on_first(lambda: writer.MetricsWriter(folder))

@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     'name': 'classify',  # or 'tag': a tag for each word, with readout='tokens'
     'readout': 'mean',  # or 'cls'; the same for a method and for the dense row it is compared with
     'head': 'linear',  # or 'family', the weights' own classification head
+    'constrained': False,  # name='tag': the best tags that keep to BIO or BIOES, in place of each word's best
   },
   'model': {
     'weights': 'minilm-l6',  # or 'mpnet-base', a folder, a hub name, 'random:…'
@@ -218,6 +219,8 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
       f"config.task.name is {task['name']!r} and config.task.readout {task['readout']!r}; 'tag' and 'tokens' belong "
       'together. Set both, or neither.'
     )
+  if task['constrained'] and task['name'] != 'tag':
+    raise UserError("config.task.constrained is True; it goes with config.task.name='tag'.")
   optimizer, parallel = config['optimizer'], config['parallel']
   if optimizer['batch_size'] % optimizer['accumulate']:
     raise UserError(

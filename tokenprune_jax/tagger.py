@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenprune_jax import compile_cache, data, serve, settings
+from tokenprune_jax import compile_cache, data, decoding, serve, settings
 from tokenprune_jax.data import files, sentences, tags, windows
 from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.errors import UserError
@@ -54,7 +54,10 @@ class Tagger(Runner):
     odds = np.concatenate([p[: len(here)][here] for p, here in zip(probabilities, labelled)]).astype(
       np.float64
     )
-    best, sure = split.words.tags(odds.argmax(-1)), split.words.cut(np.round(odds.max(-1), 6).tolist())
+    with np.errstate(divide='ignore'):  # a probability may be too small for its type
+      found = decoding.best_tags(np.log(odds), split.words, self.constrained)
+    best = split.words.tags(found)
+    sure = split.words.cut(np.round(odds[np.arange(len(found)), found], 6).tolist())
     words = [sentence.words for sentence in split.words.sentences]
     return [Tagged(word, tuple(tag), tuple(p)) for word, tag, p in zip(words, best, sure)]
 
@@ -90,10 +93,13 @@ class TagServer:
     """The answers in the order of the sentences, which are read as there is room. Raises UserError as `Tagger.predict`."""
     waiting: collections.deque[data.Split] = collections.deque()
 
-    def requests() -> Iterator[np.ndarray]:
+    def requests() -> Iterator[dict[str, np.ndarray]]:
       for sentence in given:
-        waiting.append(self.tagger.split([sentence]))
-        yield from (waiting[-1].ids(i) for i in range(len(waiting[-1])))
+        split = self.tagger.split([sentence])
+        assert split.word_of is not None
+        waiting.append(split)
+        for i in range(len(split)):
+          yield {'ids': split.ids(i), 'words': split.word_of[split.place(i)]}
 
     answers = self.server.map(requests(), controls)
     for answer in answers:

@@ -1,5 +1,6 @@
 """Tasks: what the head's logits are trained for and scored by. A task is a pair of pure functions."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenprune_jax import metrics
+from tokenprune_jax import decoding, metrics
 from tokenprune_jax.data import Words
 from tokenprune_jax.errors import UserError
 
@@ -23,6 +24,7 @@ class Task(NamedTuple):
   name: str
   loss: Callable[[Any, Mapping[str, Any]], Any]
   scores: Callable[..., dict[str, Any]]
+  constrained: bool = False  # tags keep to their scheme: `decoding`
 
 
 def cross_entropy(logits: Float[Array, '*b c'], label: Int[Array, '*b']) -> Float[Array, '*b']:
@@ -74,10 +76,10 @@ def classification_scores(
 
 
 def tag_scores(
-  logits: Float[np.ndarray, 'N c'], labels: Int[np.ndarray, 'N'], words: Words
+  logits: Float[np.ndarray, 'N c'], labels: Int[np.ndarray, 'N'], words: Words, constrained: bool = False
 ) -> dict[str, Any]:
   """Accuracy over words and, where tags mark spans, precision, recall and F1 of whole spans of all kinds together."""
-  predictions = np.argmax(logits, axis=1)
+  predictions = decoding.best_tags(logits, words, constrained)
   found = {'accuracy': metrics.accuracy(labels, predictions)}
   if words.scheme == 'plain':
     return found
@@ -87,10 +89,11 @@ def tag_scores(
 SCORES: dict[str, Callable[..., dict[str, Any]]] = {'classify': classification_scores, 'tag': tag_scores}
 
 
-def make(name: str) -> Task:
-  """The task of that name. Raises UserError for one that does not exist."""
+def make(name: str, constrained: bool = False) -> Task:
+  """The task of that name. constrained: of tags. Raises UserError for one that does not exist."""
   if name not in SCORES:
     raise UserError(
       f"task.name is '{name}', which does not exist; expected one of {', '.join(SCORES)}, such as task.name='classify'."
     )
-  return Task(name, classification_loss, SCORES[name])
+  scores = functools.partial(tag_scores, constrained=True) if constrained else SCORES[name]
+  return Task(name, classification_loss, scores, constrained)
