@@ -3,10 +3,10 @@
     python main.py --config=configs/prune.py:ltp,runs/dense --workdir=runs/ltp --config.reducer.target_macs=0.4
 
 After the colon: a method (dense: trained on as long as most of them; pf, pfc_late, pfc_early, ltp, power, sttabt, abt:
-back-tracking without thresholds, topk, cascade, spatten, manual, exits, pyramid, student, student_third), the workdir of a
-finished dense run and, for sttabt and abt, that of one with a trained ApproxNet, where there is one
-(`imdb_sttabt.py:approx`). A method's recipe is that of its own config without the fine-tune at the beginning, so that one
-dense run serves them all.
+back-tracking without thresholds, topk, cascade, spatten, manual, exits, pyramid, student, student_third; of a dense tagger
+also tokee, sentee), the workdir of a finished dense run and, for sttabt and abt, that of one with a trained ApproxNet, where
+there is one (`imdb_sttabt.py:approx`). A method's recipe is that of its own config without the fine-tune at the beginning,
+so that one dense run serves them all.
 """
 
 import json
@@ -15,6 +15,7 @@ import pathlib
 import ml_collections
 
 from configs import (
+  conll_tokee,
   imdb_exits,
   imdb_fuzzy,
   imdb_ltp,
@@ -43,6 +44,8 @@ RECIPES = {
   'pyramid': (imdb_pyramid, 'linear'),
   'student': (imdb_student, 'half'),
   'student_third': (imdb_student, 'third'),
+  'tokee': (conll_tokee, 'tokee,ner'),
+  'sentee': (conll_tokee, 'sentee,ner'),
 }
 KEPT = ('seed', 'task', 'data')  # of the dense run
 
