@@ -15,6 +15,7 @@ from configs import prune
 
 WEIGHTS = 'random:bert:layers=4,width=32,heads=2,hidden=64,vocab=256'
 APPROX = {'name': 'sttabt', 'factor': 4}
+TAGGERS = ('tokee', 'sentee')  # see test_tokee_run.py
 
 
 def stage(name, **fields):
@@ -69,7 +70,7 @@ def test_a_student_learns_from_another_run(runs, tmp_path):
   assert train.run(config, tmp_path)['mac_ratio'] == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize('method', prune.RECIPES)
+@pytest.mark.parametrize('method', [name for name in prune.RECIPES if name not in TAGGERS])
 def test_every_recipe_is_sound(runs, method):
   config = given(method, runs / 'dense')
   assert config['stages'][0]['init'] == str(runs / 'dense')  # nothing is fine-tuned again
@@ -125,6 +126,14 @@ DISTIL = stage('approx', objective='distil_approx', reducer={'mode': 'distil'})
 def test_stages_that_cannot_follow_each_other_are_refused(reducer, stages, words, tmp_path):
   with pytest.raises(UserError, match=words):
     train.run(tiny(reducer, *stages), tmp_path)
+
+
+@pytest.mark.parametrize('method', TAGGERS)
+def test_methods_that_tag_words_do_not_start_from_a_classifier_of_texts(runs, method):
+  config = given(method, runs / 'dense')
+  config['reducer']['layers'] = (1, 2)
+  with pytest.raises(UserError, match="task.readout is 'cls', but this method tags words"):
+    checked(config)
 
 
 def test_other_encoders_are_refused(runs):

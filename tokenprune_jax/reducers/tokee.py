@@ -136,6 +136,8 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
   def cost(threshold):
     return validation.mac_ratio({'exit_threshold': threshold})
 
+  if target >= 1:  # exits that nothing takes cost a little more than that
+    return {'threshold': dear}
   if (least := cost(cheap)) > target:
     raise UserError(
       f'the budget is {target}, but on the validation split at least {least:.3f} of the dense multiply-adds are left, '

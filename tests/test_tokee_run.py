@@ -1,0 +1,104 @@
+"""TOKEE from its config to a server: both stages of training, calibration, and the trained tagger in use."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import tokenprune_jax
+from tests.test_tagging import read, sentences
+from tests.tiny_run import lines
+from tokenprune_jax import calibrate, pretrained, serve, session, settings, tasks, train
+from tokenprune_jax.errors import UserError
+
+sys.path.insert(0, '.')  # configs is no part of the installed package
+
+from configs import conll_tokee, prune
+
+SMALL = 'random:bert:layers=3,width=32,heads=2,hidden=64,vocab=256'
+
+
+def given(variant, folder, **changes):
+  """A checked config of conll_tokee.py on generated sentences."""
+  config = conll_tokee.get_config(f'{variant},file,{SMALL}').to_dict()
+  config['data'] |= {split: str(folder / f'{split}.conll') for split in ('train', 'valid', 'test')}
+  config['data'] |= {'max_length': 24, 'buckets': (24,)}
+  config['reducer'] |= {'layers': (1, 2), 'window': 3, 'threshold': 0.3}
+  config['optimizer'] |= {'learning_rate': 4e-3, 'batch_size': 8}
+  config['eval'] |= {'batch_size': 8, 'timing': False}
+  config['task'] |= {'constrained': True}
+  for stage, epochs in zip(config['stages'], (2, 3, 2)):
+    stage['epochs'] = epochs
+  return settings.check({**config, **changes})
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tokee')
+  long = '\n'.join([sentences(1, 7).strip()] * 6) + '\n'
+  for split, count in (('train', 64), ('valid', 20), ('test', 20)):
+    (folder / f'{split}.conll').write_text(sentences(count, count) + long * (split == 'test'))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def run(data):
+  """(workdir, result)."""
+  return data / 'run', train.run(given('tokee', data), data / 'run')
+
+
+def test_both_stages_train_and_the_tagger_exits(run):
+  folder, result = run
+  assert list(result['stages']) == ['tune', 'joint', 'sampled']
+  by_stage = {row['stage']: row for row in lines(folder, 'train')}
+  assert by_stage['joint']['joint_loss'] > 0 and np.isfinite(by_stage['sampled']['sampled_loss'])
+  assert result['metrics']['f1'] > 0.8 and 0.3 < result['mac_ratio'] < 0.95
+  legal = {('I-PER', before) for before in ('B-PER', 'I-PER')}
+  for record in read(folder / 'predictions_test.jsonl'):
+    for before, tag in zip(['O', *record['predicted']], record['predicted']):
+      assert tag != 'I-PER' or (tag, before) in legal
+
+
+def test_a_server_tags_sentences_as_predict_does(run):
+  model = tokenprune_jax.load(run[0])
+  wanted = [['bako', 'dice'], 'hape', 'fumo bako dice ' * 20, ['gilu']] * 3
+  with model.serve(ladder=serve.Ladder((8, 24), batch_tokens=48), controls={'exit_threshold': 0.3}) as server:
+    answers, first = list(server.map(wanted)), list(server.map(wanted, {'exit_threshold': 1.1}))
+  for answer, expected in zip(answers, model.tagged(wanted)):
+    assert answer[:2] == expected[:2]
+    np.testing.assert_allclose(answer.probabilities, expected.probabilities, atol=1e-5)
+  assert [len(answer.tags) for answer in first] == [len(answer.tags) for answer in answers]
+  with pytest.raises(UserError, match="unknown control 'threshold'"):
+    list(server.map(wanted, {'threshold': 1.0}))
+
+
+def test_calibration_goes_by_the_f1_of_spans(run, capsys):
+  folder, _ = run
+  assert calibrate.main([f'--run={folder}', '--macs=0.6', f'--out={folder}/cheap']) == 0
+  said = capsys.readouterr().err
+  assert 'f1' in said and 'accuracy' not in said
+  cheap = pretrained.load_exported(folder / 'cheap')
+  assert cheap.reducer_spec['threshold'] != 0.3 and cheap.constrained
+  calibration = calibrate.Calibration(folder, limit=8)
+  assert len(calibration.splits['valid'].words.sentences) == 8
+  assert calibration.at(1.0).mac_ratio == pytest.approx(1, abs=0.02)
+  assert calibration.at(1.0).spec['threshold'] == 0  # nothing removed is nothing, though exits cost a little
+  assert calibrate.main([f'--run={folder}', '--accuracy=101', '--documents=8']) == 2
+  assert 'no setting reaches 101.0% f1 on the validation split; the best there is' in capsys.readouterr().err
+  with pytest.raises(UserError, match=r'the budget is 0.05, but .* where all exit at the first layer with an exit'):
+    calibration.at(0.05)
+
+
+def test_sentences_from_another_run_and_what_cannot_be(run, data):
+  folder, _ = run
+  config = prune.get_config(f'sentee,{folder}').to_dict()
+  config['reducer'] |= {'layers': (1, 2)}
+  [joint] = config['stages']
+  assert joint['init'] == str(folder) and joint['objective'] == 'tags_joint'
+  assert config['task']['constrained'] and config['reducer']['level'] == 'sentence'
+  with pytest.raises(UserError, match='an exit stands behind one of the layers 1 to 2'):
+    train.run(given('sentee', data, reducer={'name': 'tokee', 'layers': (1, 5)}), data / 'none')
+  words = settings.check(prune.get_config(f'tokee,{folder}').to_dict())
+  assert [stage['teacher'] for stage in words['stages']] == ['', 'joint']
+  words['reducer'] |= {'layers': (1, 2)}
+  session.check_stages(words, session.load_weights(words), tasks.make('tag'))
