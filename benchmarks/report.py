@@ -91,13 +91,17 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ Correctness
 def correctness(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Which documents a run got right, short enough for a result file, and a digest of the test set.
+  """Which documents, or whole sentences, a run got right, short enough for a result file, and a digest of the test set.
 
   Returns {'examples', 'correct' (hex digits, a bit a document in the split's order), 'split_digest' (of the
-  labels)}.
+  labels; of tagged sentences their numbers of words)}.
   """
-  labels = np.array([record['label'] for record in records])
-  right = labels == np.array([record['prediction'] for record in records])
+  if records and 'tags' in records[0]:
+    right = np.array([record['tags'] == record['predicted'] for record in records])
+    labels = np.array([len(record['tags']) for record in records])
+  else:
+    labels = np.array([record['label'] for record in records])
+    right = labels == np.array([record['prediction'] for record in records])
   digest = f'{zlib.crc32(labels.astype("<i4").tobytes()):08x}'
   return {'examples': len(records), 'correct': np.packbits(right).tobytes().hex(), 'split_digest': digest}
 

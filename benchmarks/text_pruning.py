@@ -40,7 +40,7 @@ from benchmarks.text_runs import (
   rows,
   write_corpora,
 )
-from benchmarks.trained import SCORES, Trained
+from benchmarks.trained import Trained
 from tokenprune_jax import workdir
 from tokenprune_jax.errors import UserError
 
@@ -77,11 +77,11 @@ def points_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
   return [empty(row, None), *(empty(row, budget) for budget in budgets)]
 
 
-def measured(point: dict[str, Any], trained: Trained) -> dict[str, Any]:
-  """A point of a finished run with its numbers, or the reason why there are none."""
+def measured(point: dict[str, Any], trained: Trained, **fields: Any) -> dict[str, Any]:
+  """A point of a finished run with its numbers, or the reason why there are none. fields: of its method, changed."""
   from tokenprune_jax import stages
 
-  spec = trained.exported.reducer_spec
+  spec = {**trained.exported.reducer_spec, **fields}
   if point['budget'] is not None:
     try:
       spec = stages.at_budget(spec, point['budget'], trained.validation(spec))
@@ -90,7 +90,7 @@ def measured(point: dict[str, Any], trained: Trained) -> dict[str, Any]:
   valid = trained.evaluate(spec, 'valid')
   return {
     **point, **trained.evaluate(spec), 'reducer': spec,
-    'valid': {**{score: valid['metrics'][score] for score in SCORES}, 'mac_ratio': valid['mac_ratio']},
+    'valid': {**valid['metrics'], 'mac_ratio': valid['mac_ratio']},
   }  # fmt: skip
 
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import accuracy, report
-from tokenprune_jax import evaluate, tasks
+from tokenprune_jax import evaluate
 from tokenprune_jax.calibrate import BATCH, Calibration
 
-SCORES = ('accuracy', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'loss')
+SCORES = ('accuracy', 'precision', 'recall', 'f1', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'loss')
 
 
 class Trained(Calibration):
@@ -21,13 +21,13 @@ class Trained(Calibration):
     start = time.monotonic()
     model, params = self.model(spec).clone(executor=executor), self.params if params is None else params
     found, records = evaluate.evaluate(
-      model, params, self.splits[split], tasks.make('classify'),
+      model, params, self.splits[split], self.task,
       batch_size=BATCH, buckets=self.buckets, pad_id=self.exported.config.pad_id,
     )  # fmt: skip
     return {
       **{key: found[key] for key in accuracy.KEPT},
       **report.correctness(records),
-      'metrics': {score: found[score] for score in SCORES},
+      'metrics': {score: found[score] for score in SCORES if score in found},
       'seconds': round(time.monotonic() - start, 1),
       'commit': report.commit(),
       'reason': None,

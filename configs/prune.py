@@ -4,9 +4,9 @@
 
 After the colon: a method (dense: trained on as long as most of them; pf, pfc_late, pfc_early, ltp, power, sttabt, abt:
 back-tracking without thresholds, topk, cascade, spatten, manual, exits, pyramid, student, student_third; of a dense tagger
-also tokee, sentee), the workdir of a finished dense run and, for sttabt and abt, that of one with a trained ApproxNet, where
-there is one (`imdb_sttabt.py:approx`). A method's recipe is that of its own config without the fine-tune at the beginning,
-so that one dense run serves them all.
+also tokee, sentee), the workdir of a finished dense run and, where there is one, that of a run which the method's first
+stage need not repeat: for sttabt and abt one with a trained ApproxNet (`imdb_sttabt.py:approx`), for tokee one of sentee. A
+method's recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
 """
 
 import json
@@ -61,28 +61,30 @@ def read(folder: str) -> dict:
   return json.loads(file.read_text(encoding='utf-8'))
 
 
-def moved(stage: dict, dense: str, approx: str) -> dict:
+def moved(stage: dict, dense: str, other: str) -> dict:
   """A stage that starts from the given runs where it started from earlier stages."""
-  if stage['init'] == 'approx' and approx:
-    stage |= {'init': dense, 'init_reducer': approx}
+  if stage['init'] == 'approx' and other:
+    stage |= {'init': dense, 'init_reducer': other}
+  if stage['init'] == 'joint' and other:
+    stage |= {'init': other, 'teacher': other}
   first = {key: dense for key in ('init', 'teacher') if stage[key] in ('tune', 'pretrained')}
   return {**stage, **first}
 
 
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
-  """The config of 'method,dense run[,run with an ApproxNet]'."""
+  """The config of 'method,dense run[,run of the first stage]'."""
   method, _, folders = argument.partition(',')
-  dense, _, approx = folders.partition(',')
+  dense, _, other = folders.partition(',')
   if method not in RECIPES:
     raise UserError(f'the config has no method {method!r}; choose one of {", ".join(RECIPES)}')
   given, (recipe, variant) = read(dense), RECIPES[method]
-  left_out = {'tune', 'approx'} if approx else {'tune'}
+  left_out = {'tune', 'approx', 'joint'} if other else {'tune'}
   config = recipe.get_config(f'{variant},{given["model"]["weights"]}')
   with config.unlocked():
     for key in KEPT:
       config[key] = ml_collections.ConfigDict(given[key]) if isinstance(given[key], dict) else given[key]
     config.model = ml_collections.ConfigDict({**given['model'], 'executor': config.model.executor})
     config.stages = tuple(
-      moved(dict(stage), dense, approx) for stage in config.stages if stage['name'] not in left_out
+      moved(dict(stage), dense, other) for stage in config.stages if stage['name'] not in left_out
     )
   return config

@@ -221,6 +221,7 @@ def test_settings_that_do_not_belong_together():
     ('data__tagging', {'overlap': 0.7}, 'config.data.tagging.overlap is 0.7; expected a share from 0 to 0.5'),
     ('data__tagging', {'scheme': 'iob'}, "expected one of 'as_given', 'bio', 'bioes', 'plain'"),
     ('data__tagging', {'window': 3}, 'unknown key config.data.tagging.window'),
+    ('task__constrained', True, "constrained is True; it goes with config.task.name='tag'"),
   ):
     with pytest.raises(UserError, match=message):
       settings.check(config(**{key: value}))

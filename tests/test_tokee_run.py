@@ -1,14 +1,16 @@
 """TOKEE from its config to a server: both stages of training, calibration, and the trained tagger in use."""
 
+import dataclasses
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import tokenprune_jax
 from tests.test_tagging import read, sentences
 from tests.tiny_run import lines
-from tokenprune_jax import calibrate, pretrained, serve, session, settings, tasks, train
+from tokenprune_jax import calibrate, pretrained, serve, session, settings, tagger, tasks, train
 from tokenprune_jax.errors import UserError
 
 sys.path.insert(0, '.')  # configs is no part of the installed package
@@ -72,6 +74,28 @@ def test_a_server_tags_sentences_as_predict_does(run):
     list(server.map(wanted, {'threshold': 1.0}))
 
 
+def test_the_layers_that_words_exit_at(run):
+  exported = pretrained.load_exported(run[0] / 'model')
+  wanted = [['bako', 'dice', 'hape'], 'fumo gilu', 'fumo bako dice ' * 20]
+
+  random = np.random.default_rng(0)  # trained exits are sure of all of these at the first layer
+  other = jax.tree.map(lambda x: random.normal(0, 0.3, x.shape).astype(x.dtype), exported.params['reducer'])
+
+  def depths(threshold, given=wanted, **options):
+    spec, params = (
+      {**exported.reducer_spec, 'threshold': threshold, 'window': 1},
+      {**exported.params, 'reducer': other},
+    )
+    return tagger.Tagger(dataclasses.replace(exported, reducer_spec=spec, params=params)).depths(
+      given, **options
+    )
+
+  assert depths(0.0) == [(3,) * 3, (3,) * 2, (3,) * 60] and depths(1.1) == [(1,) * 3, (1,) * 2, (1,) * 60]
+  found = depths(0.45)
+  assert len({layer for layers in found for layer in layers}) > 1
+  assert depths(0.45, wanted[:1], batch_size=1) == found[:1]
+
+
 def test_calibration_goes_by_the_f1_of_spans(run, capsys):
   folder, _ = run
   assert calibrate.main([f'--run={folder}', '--macs=0.6', f'--out={folder}/cheap']) == 0
@@ -85,7 +109,9 @@ def test_calibration_goes_by_the_f1_of_spans(run, capsys):
   assert calibration.at(1.0).spec['threshold'] == 0  # nothing removed is nothing, though exits cost a little
   assert calibrate.main([f'--run={folder}', '--accuracy=101', '--documents=8']) == 2
   assert 'no setting reaches 101.0% f1 on the validation split; the best there is' in capsys.readouterr().err
-  with pytest.raises(UserError, match=r'the budget is 0.05, but .* where all exit at the first layer with an exit'):
+  with pytest.raises(
+    UserError, match=r'the budget is 0.05, but .* where all exit at the first layer with an exit'
+  ):
     calibration.at(0.05)
 
 
@@ -96,6 +122,10 @@ def test_sentences_from_another_run_and_what_cannot_be(run, data):
   [joint] = config['stages']
   assert joint['init'] == str(folder) and joint['objective'] == 'tags_joint'
   assert config['task']['constrained'] and config['reducer']['level'] == 'sentence'
+  plain = given('sentee', data)
+  plain['data']['tagging']['scheme'] = 'plain'
+  with pytest.raises(UserError, match='task.constrained is True, but the tags of file mark no spans'):
+    train.run(plain, data / 'plain')
   with pytest.raises(UserError, match='an exit stands behind one of the layers 1 to 2'):
     train.run(given('sentee', data, reducer={'name': 'tokee', 'layers': (1, 5)}), data / 'none')
   words = settings.check(prune.get_config(f'tokee,{folder}').to_dict())

@@ -15,8 +15,13 @@ WORDS = 44  # that fit; of a longer text the first
 LONGEST, LETTER = 22, 8.5  # letters of a word that are shown, and pixels of one: words stand upright
 
 
-def write_layers(readings: Mapping[str, Reading], path: str, title: str = '') -> None:
+SEEN = 'Dark: every head still sees the word; blank: none does'
+
+
+def write_layers(readings: Mapping[str, Reading], path: str, title: str = '', meaning: str = SEEN) -> None:
   """Draws a PNG: a column a word, a row a layer, dark where all heads see the word. readings: {method: the same text}.
+
+  meaning: what dark and blank stand for, where shares are not those of heads.
 
   Raises UserError where the readings are of different texts.
   """
@@ -47,7 +52,7 @@ def write_layers(readings: Mapping[str, Reading], path: str, title: str = '') ->
     draw_grid(axes, name, grid[:, :columns], top)
     top += ROW * len(grid) + GAP
   left_out = f', the first {columns} of {len(words)} words' if len(words) > columns else ''
-  note = f'Rows: layers, the first above. Dark: every head still sees the word; blank: none does{left_out}.'
+  note = f'Rows: layers, the first above. {meaning}{left_out}.'
   axes.text(LEFT, top + 12, note, fontsize=9.5, color='#555b66', va='center')
   canvas = FigureCanvasAgg(figure)
   canvas.draw()

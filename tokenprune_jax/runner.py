@@ -28,13 +28,16 @@ class Runner:
     self.forward = jax.jit(functools.partial(forward, self.model))
     self.masked = jax.jit(functools.partial(forward, self.model.clone(executor='mask')))
 
-  def results(self, split: data.Split, batch_size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(example, what `forward` says of it), examples of like length together."""
-    plan = data.batches(
+  def batches(self, split: data.Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Examples of like length together."""
+    yield from data.batches(
       split, batch_size=batch_size, buckets=self.buckets, seed=0, epoch_shuffle=False,
       pad_id=self.model.config.pad_id,
-    )  # fmt: skip
-    for batch in plan.iterator():
+    ).iterator()  # fmt: skip
+
+  def results(self, split: data.Split, batch_size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(example, what `forward` says of it)."""
+    for batch in self.batches(split, batch_size):
       result = jax.device_get(self.forward(self.params, batch))
       if result['overflow'].any():  # a capacity was too small
         result = evaluate.replaced(result, jax.device_get(self.masked(self.params, batch)))

@@ -7,12 +7,15 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tokenprune_jax import compile_cache, data, decoding, serve, settings
+from tokenprune_jax import compile_cache, data, decoding, models, segments, serve, settings
 from tokenprune_jax.data import files, sentences, tags, windows
 from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducer import Inputs
 from tokenprune_jax.runner import Runner
 
 OPTIONS = settings.DEFAULTS['data']['tagging']
@@ -81,6 +84,33 @@ class Tagger(Runner):
     split = self.split(given)
     found = {i: result['probabilities'] for i, result in self.results(split, batch_size)}
     return self.answer(split, [found[i] for i in range(len(split))])
+
+  def depths(self, given: Sequence[Any], batch_size: int = 16) -> list[tuple[int, ...]]:
+    """Of each sentence, the layer at which each of its words was answered: the last one where no exit was sure of it.
+
+    Raises UserError as `predict` does, and where words have no exits.
+    """
+    model, found = self.model, {}
+    if not model.reducer.needs_words():
+      raise UserError('the words of this model have no exits: all are answered behind the last layer.')
+    split, encoder = self.split(given), models.encoder_of(model, 'mask')
+    variables = {'params': segments.encoder_params(self.params)}
+
+    @jax.jit
+    def exits(batch):
+      fields = (batch[name] for name in ('ids', 'mask', 'types'))
+      inputs = Inputs(*fields, {}, model.labels, model.config, words=batch['words'])
+      return encoder.apply(variables, inputs)[1]['word_exit']
+
+    for batch in self.batches(split, batch_size):
+      layers = np.asarray(exits(jax.tree.map(jnp.asarray, batch)))
+      for row in np.flatnonzero(batch['weight']):
+        answered = batch['words'][row, batch['label'][row] >= 0]
+        found[int(batch['index'][row])] = layers[row, answered]
+    assert split.words is not None
+    every = np.concatenate([found[i] for i in range(len(split))])
+    every = np.where(every > 0, every, model.config.depth)
+    return [tuple(layers) for layers in split.words.cut(every.tolist())]
 
 
 class TagServer:

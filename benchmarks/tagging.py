@@ -1,0 +1,303 @@
+"""Taggers that stop early, on CoNLL-2003: F1 of spans against cost for SENTEE and TOKEE, beside dense and smaller students.
+
+    python benchmarks/tagging.py [--runs=runs] [--rows=N] [--results=results]
+    python benchmarks/tagging.py --times [--budgets=0.5,0.33,0.25] [--documents=512] [--repeats=5]
+
+One dense MiniLM-L6 a seed, which all start from (configs/prune.py): SENTEE's run trains all exits together, TOKEE's goes on
+from it with exits that it samples itself. Each is then set to budgets from 1.5 to 4 times fewer multiply-adds than dense on
+validation sentences, without training; the test split only reports. The queue goes on with the same command after any stop,
+and writes results/tagging.json, its table and its plots. `--times` trains nothing: it measures the models of seed 0 that
+there are, dense in batches of 32 by length and the others by `serve`, in turns in one process. `--sentences` trains on so
+many only, for a trial; name other folders for it.
+"""
+
+import argparse
+import collections
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that this file can be run by its path
+
+import numpy as np
+
+from benchmarks import accuracy, measure, report, serving, text_pruning, text_times
+from benchmarks.studies import Row
+from benchmarks.trained import Trained
+from tokenprune_jax import serve, timing, workdir
+
+DATASET = 'conll2003'
+SEEDS = (0, 1, 2)
+BUDGETS = (
+  0.5,
+  0.33,
+  0.25,
+  0.67,
+  0.4,
+)  # shares of dense's multiply-adds, in the order in which they are worth having
+FOUND_ON = 512  # validation sentences that a budget is met on
+
+
+class Curve(NamedTuple):
+  """A line of the plot: its title, the run it is made from, and the window that its points have (0: none)."""
+
+  title: str
+  run: str
+  window: int = 0
+
+
+CURVES = {
+  'dense': Curve('dense', 'dense'),
+  'dense_more': Curve('dense, trained on', 'dense_more'),
+  'sentee': Curve('SENTEE', 'sentee'),
+  'tokee_15': Curve('TOKEE, window of 15', 'tokee', 15),
+  'tokee_5': Curve('TOKEE, window of 5', 'tokee', 5),
+  'tokee_1': Curve('TOKEE, window of 1', 'tokee', 1),
+  'student': Curve('student, half of the layers', 'student'),
+  'student_third': Curve('student, a third of the layers', 'student_third'),
+}
+SET = ('sentee', 'tokee')  # whose cost can be set
+FIRST_SEED = ('dense_more', 'student', 'student_third')
+
+
+# ------------------------------------------------------------------------------------------------------- Queue
+def rows(runs: str, sentences: int) -> Iterator[Row]:
+  """Every run: all of the first seed before any of the second."""
+  few = tuple(f'data.{split}_limit={sentences}' for split in ('train', 'valid', 'test')) if sentences else ()
+  for seed in SEEDS:
+    dense, sentee = (f'{runs}/{DATASET}/{name}-seed{seed}' for name in ('dense', 'sentee'))
+    yield Row(DATASET, 'dense', 'ner', seed, few, 'configs/conll.py', False)
+    yield Row(DATASET, 'sentee', f'sentee,{dense}', seed, (), 'configs/prune.py', False)
+    yield Row(DATASET, 'tokee', f'tokee,{dense},{sentee}', seed, (), 'configs/prune.py', False)
+  for name in FIRST_SEED:
+    recipe = 'dense' if name == 'dense_more' else name
+    yield Row(DATASET, name, f'{recipe},{runs}/{DATASET}/dense-seed0', 0, (), 'configs/prune.py', False)
+
+
+def points_of(row: Row) -> Iterator[dict[str, Any]]:
+  """The points of a run, not measured."""
+  for name, curve in CURVES.items():
+    if curve.run == row.name:
+      for budget in BUDGETS if row.name in SET else (None,):
+        yield {**text_pruning.empty(row, budget), 'name': name, 'window': curve.window, 'time': None}
+
+
+class Study:
+  """The result file as it grows."""
+
+  def __init__(self, options: argparse.Namespace):
+    self.options, self.path = options, pathlib.Path(options.results) / 'tagging.json'
+    self.runs = list(rows(options.runs, options.sentences))
+    known = {
+      text_pruning.key(point): point
+      for point in report.read(self.path)['rows']
+      if text_pruning.settled(point)
+    }
+    self.points = {
+      (row.name, row.seed): [known.get(text_pruning.key(point), point) for point in points_of(row)]
+      for row in self.runs
+    }
+
+  @property
+  def document(self) -> dict[str, Any]:
+    """What the result file holds."""
+    points = [point for own in self.points.values() for point in own]
+    return {**report.header('python benchmarks/tagging.py'), 'rows': points}
+
+  def save(self) -> None:
+    """The file, its table and its plots."""
+    document = self.document
+    workdir.write_json(self.path, document)
+    workdir.write_text(self.path.with_suffix('.md'), page(document))
+    plot(self.path.with_suffix('.png'), document['rows'], 'mac_ratio', 'Multiply-adds, share of dense')
+    if any(point['time'] for point in document['rows']):
+      plot(
+        self.path.with_name('tagging_time.png'),
+        document['rows'],
+        'time_ratio',
+        'Sentences a second, times dense',
+      )
+
+  def folder(self, row: Row) -> pathlib.Path:
+    """A run's workdir."""
+    return pathlib.Path(accuracy.workdir_of(row, self.options.runs))
+
+  def waits(self, row: Row) -> bool:
+    """Whether a run has points that are not measured."""
+    return not all(map(text_pruning.settled, self.points[row.name, row.seed]))
+
+  def finish(self, row: Row) -> None:
+    """Runs a row where it is not finished, and measures its points."""
+    points = self.points[row.name, row.seed]
+    if not (self.folder(row) / 'result.json').exists():
+      made = accuracy.run(row, self.options.runs)
+      if not made['metrics']:
+        points[:] = [{**point, 'reason': made['reason']} for point in points]
+        return
+    trained = Trained(self.folder(row), FOUND_ON)
+    for place, point in enumerate(points):
+      if not text_pruning.settled(point):
+        fields = {'window': point['window']} if point['window'] else {}
+        points[place] = text_pruning.measured(point, trained, **fields)
+        print(told(points[place]), flush=True)
+        self.save()
+
+
+def told(point: Mapping[str, Any]) -> str:
+  """One line about a point."""
+  where = f'{point["name"]} seed {point["seed"]} {point["budget"] or ""}'
+  return f'{where}: {point["reason"]}' if point['reason'] else (
+    f'{where}: F1 {point["metrics"]["f1"]:.4f}, MACs {point["mac_ratio"]:.3f}'
+  )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- Page
+def seeds_of(points: Sequence[Mapping[str, Any]], name: str, budget: float | None) -> list[Mapping[str, Any]]:
+  """The measured points of all seeds."""
+  return [
+    point for point in points if (point['name'], point['budget']) == (name, budget) and point['metrics']
+  ]
+
+
+def gains(points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]) -> list[float]:
+  """F1 minus that of the dense run of the same seed."""
+  base = {point['seed']: point['metrics']['f1'] for point in dense}
+  return [point['metrics']['f1'] - base[point['seed']] for point in points if point['seed'] in base]
+
+
+def page(document: Mapping[str, Any]) -> str:
+  """results/tagging.md."""
+  every = document['rows']
+  dense = seeds_of(every, 'dense', None)
+  lines = [['', 'budget', 'seeds', 'F1', 'F1 − dense', 'precision', 'recall', 'MACs', 'times dense']]
+  for name, curve in CURVES.items():
+    for budget in sorted(BUDGETS, reverse=True) if curve.run in SET else (None,):
+      if found := seeds_of(every, name, budget):
+        apart = gains(found, dense)
+        scores = [
+          report.percent(report.mean_std([point['metrics'][score] for point in found]))
+          for score in ('f1', 'precision', 'recall')
+        ]
+        lines.append([
+          curve.title, '–' if budget is None else f'{budget}', str(len(found)), scores[0],
+          f'{100 * np.mean(apart):+.2f}' if apart and name != 'dense' else '–', *scores[1:],
+          report.number(report.mean([point['mac_ratio'] for point in found])), report.number(cost(found, 'time_ratio')),
+        ])  # fmt: skip
+  missing = collections.Counter((point['name'], point['reason']) for point in every if not point['metrics'])
+  absent = '\n'.join(f'- {name}: {count} ({reason})' for (name, reason), count in missing.items())
+  return '\n'.join([
+    '# Taggers that stop early\n\nCoNLL-2003, named entities, MiniLM-L6 (6 x 384), lower case. F1, precision and recall of '
+    'spans on the test split in percent, mean ± deviation over seeds; *F1 − dense* in points, against the dense run of the '
+    'same seed. MACs count real tokens, exits included. *times dense*: throughput of seed 0, beside the fastest dense.\n',
+    report.table(lines),
+    '![F1 against multiply-adds](tagging.png)\n',
+    *(['![F1 against throughput](tagging_time.png)\n'] if any(point['time'] for point in every) else []),
+    *(['## Points without a number\n\n' + absent + '\n'] if absent else []),
+    report.origin(document),
+  ])  # fmt: skip
+
+
+def cost(points: Sequence[Mapping[str, Any]], name: str) -> float | None:
+  """mac_ratio, or time_ratio where times were taken: mean over seeds."""
+  places = [point['time'] for point in points if point['time']] if name == 'time_ratio' else points
+  return report.mean([place[name] for place in places])
+
+
+def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
+  """F1 against a cost: a line a curve; bars are the deviation over seeds."""
+  drawing, axes = report.figure()
+  for place, (key, curve) in enumerate(CURVES.items()):
+    found = [seeds_of(points, key, budget) for budget in (None, *BUDGETS)]
+    spots = sorted((x, found) for found in found if found and (x := cost(found, name)) is not None)
+    if spots and key != 'dense':
+      scores = [report.mean_std([point['metrics']['f1'] for point in found]) for _, found in spots]
+      axes.errorbar(
+        [x for x, _ in spots], [100 * score['mean'] for score in scores],
+        yerr=[100 * (score['std'] or 0) for score in scores], fmt=f'{report.MARKERS[place % len(report.MARKERS)]}-',
+        color=report.PALETTE[place % len(report.PALETTE)], elinewidth=0.9, capsize=2, markersize=5, linewidth=1.4,
+        label=curve.title,
+      )  # fmt: skip
+  if dense := seeds_of(points, 'dense', None):
+    report.level(axes, 100 * float(np.mean([point['metrics']['f1'] for point in dense])))
+  report.legend(axes)
+  report.titled(axes, 'CoNLL-2003: named entities and cost', label, 'Test F1 of spans in %')
+  drawing.savefig(path)
+
+
+# -------------------------------------------------------------------------------------------------------- Times
+def timed(study: Study, options: argparse.Namespace) -> None:
+  """Writes times into the points of seed 0."""
+  found = {
+    row.name: row for row in study.runs if row.seed == 0 and (study.folder(row) / 'result.json').exists()
+  }
+  if 'dense' not in found:
+    raise SystemExit(
+      f'error: {options.runs} holds no finished dense run of seed 0; run this file without --times first'
+    )
+  trained = {name: Trained(study.folder(row)) for name, row in found.items()}
+  dense = trained['dense']
+  test, plain = dense.splits['test'], dense.model({'name': 'none'})
+  chosen = np.random.default_rng(0).permutation(len(test))[: options.documents]
+  requests = [{'ids': test.ids(int(i)), 'words': test.word_of[test.place(int(i))]} for i in chosen]
+  rows = [request['ids'] for request in requests]
+  ladder = serve.Ladder().settled(max(map(len, rows)))
+  batches = serving.dense_batches(rows, ladder, plain.config.pad_id, text_times.SIZE)['bucketed']
+  programs, macs = serving.dense_programs(plain, dense.params, {'bucketed': batches}, rows), {}
+  waiting = []
+  for name, row in found.items():
+    for point in study.points[row.name, 0]:
+      if name in SET and point['budget'] in options.budgets and point['metrics']:
+        label = f'{point["name"]} at {point["budget"]}'
+        programs[label] = served = timing.Served(
+          trained[name].model(point['reducer']), trained[name].params, requests
+        )
+        macs[label] = served.macs
+        waiting.append((point, label))
+        print(f'{label}: compiled in {served.compile_seconds:.0f} s', flush=True)
+  load = measure.quiet(options.allow_load)
+  times = timing.in_turns(programs, options.repeats)
+  best = serving.fastest(times)
+  for point, label in [(point, best) for point in study.points['dense', 0] if point['metrics']] + waiting:
+    ratio = times[best]['seconds'] / times[label]['seconds']
+    point['time'] = {
+      **times[label], 'documents': len(rows), 'dense': best, 'time_ratio': ratio, 'mac_ratio': macs.get(label, 1.0),
+      'efficiency': ratio * macs.get(label, 1.0), 'load_of_others': load, 'commit': report.commit(),
+      'command': shlex.join(['python', 'benchmarks/tagging.py', *sys.argv[1:]]),
+    }  # fmt: skip
+    print(text_times.told(DATASET, label, point['time']), flush=True)
+  for program in programs.values():
+    if isinstance(program, timing.Served):
+      program.close()
+
+
+def main() -> None:
+  """Runs and points that are missing, in order; or times."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--runs', default='runs', help='folder of the workdirs')
+  parser.add_argument('--rows', type=int, default=10**6, help='stop after this many runs')
+  parser.add_argument('--results', default='results', help='folder of the result files')
+  parser.add_argument('--sentences', type=int, default=0, help='of each split, for a trial; 0: all')
+  parser.add_argument('--times', action='store_true', help='measure throughput')
+  parser.add_argument('--budgets', type=text_times.numbers, default=(0.5, 0.33, 0.25), help='that are timed')
+  parser.add_argument('--documents', type=int, default=512, help='that are timed')
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
+  options = parser.parse_args()
+  study = Study(options)
+  if options.times:
+    timed(study, options)
+  waiting = [] if options.times else [row for row in study.runs if study.waits(row)]
+  for number, row in enumerate(waiting[: options.rows], 1):
+    print(f'[{number}/{len(waiting)}] {row.name} seed {row.seed}', flush=True)
+    study.finish(row)
+    study.save()
+  study.save()
+  print(study.path.with_suffix('.md').read_text(encoding='utf-8'))
+
+
+if __name__ == '__main__':
+  main()
