@@ -98,8 +98,8 @@ class Tagger(Runner):
 
     @jax.jit
     def exits(batch):
-      fields = (batch[name] for name in ('ids', 'mask', 'types'))
-      inputs = Inputs(*fields, {}, model.labels, model.config, words=batch['words'])
+      ids, mask, types, words = (batch[name] for name in ('ids', 'mask', 'types', 'words'))
+      inputs = Inputs(ids, mask, types, {}, model.labels, model.config, words=words)
       return encoder.apply(variables, inputs)[1]['word_exit']
 
     for batch in self.batches(split, batch_size):
