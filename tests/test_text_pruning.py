@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
 from benchmarks import accuracy, measure, report, text_page, text_pruning, text_runs, text_times  # noqa: E402
+from benchmarks.trained import SCORES
 from tests.reference import TINY_CONFIG, model_and_params  # noqa: E402
 from tests.test_accuracy_queue import fake_result  # noqa: E402
 from tokenprune_jax import models, stages  # noqa: E402
@@ -45,7 +46,7 @@ class Trained:
 
   def evaluate(self, spec, split='test', params=None):
     share = spec.get('budget', spec.get('keep', 0.5))
-    scores = dict.fromkeys(text_pruning.SCORES, 0.5 + 0.4 * share)
+    scores = dict.fromkeys(SCORES, 0.5 + 0.4 * share)
     found = records(0.5 + 0.4 * share, int(1000 * share))
     return {
       'metrics': scores,
