@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
 from benchmarks import accuracy, measure, report, text_page, text_pruning, text_runs, text_times  # noqa: E402
-from benchmarks.trained import SCORES
+from benchmarks.trained import SCORES  # noqa: E402
 from tests.reference import TINY_CONFIG, model_and_params  # noqa: E402
 from tests.test_accuracy_queue import fake_result  # noqa: E402
 from tokenprune_jax import models, stages  # noqa: E402

@@ -104,9 +104,9 @@ class Reducer(nn.Module):
     """
     return ()
 
-  def separates(self) -> bool:
-    """Whether a slot may be seen and not updated, or the reverse."""
-    return False
+  def separates(self) -> tuple[str, ...]:
+    """What may be fewer than the live slots: 'keys', where a slot may be updated and not seen; 'rows', for the reverse."""
+    return ()
 
   def reads(self, layer: int) -> tuple[str, ...]:
     """The evidence that `after_attention` reads at this layer: names of `attention.Evidence`."""

@@ -13,6 +13,7 @@ that of the executor `mask`, whatever else is served beside it.
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -150,7 +151,7 @@ class Server:
     """Compiles every program that a request can need; returns how many there are."""
     for index in range(len(self.programs.segments)):
       for slots in self.lengths(index):
-        for bucket in self.variants(slots):
+        for bucket in self.variants(slots) if index else [Bucket(self.ladder.rows(slots), slots)]:
           for rows in {1, bucket.rows}:
             self.programs.program(index, bucket._replace(rows=rows))
           if index and bucket.rows > 1:
@@ -181,11 +182,9 @@ class Server:
 
   def variants(self, slots: int) -> list[Bucket]:
     """The full buckets of a length."""
-    rows, shares = (
-      self.ladder.rows(slots),
-      [None, *range(1, QUARTERS)] if self.model.reducer.separates() else [None],
-    )
-    return [Bucket(rows, slots, keys, updated) for keys in shares for updated in shares]
+    rows, apart = self.ladder.rows(slots), self.model.reducer.separates()
+    keys, updated = ([None, *range(1, QUARTERS)] if name in apart else [None] for name in ('keys', 'rows'))
+    return [Bucket(rows, slots, *shares) for shares in itertools.product(keys, updated)]
 
   def precompile_moves(self, index: int, slots: int) -> None:
     """What takes rows of a segment's results to the pools of the next one."""
@@ -198,10 +197,9 @@ class Server:
   def bucket(self, index: int, report: Report, row: int) -> Bucket:
     """Where a row goes after segment `index`."""
     slots = self.ladder.slots(max(int(report.live[row]), 1)) if self.programs.has_inputs(index) else 0
-    keys = updated = None
-    if self.model.reducer.separates():
-      total = slots + self.programs.result(index).tokens.added
-      keys, updated = (quarter(int(count[row]), total) for count in (report.widest, report.updated))
+    total, apart = slots + self.programs.result(index).tokens.added, self.model.reducer.separates()
+    keys = quarter(int(report.widest[row]), total) if 'keys' in apart else None
+    updated = quarter(int(report.updated[row]), total) if 'rows' in apart else None
     return Bucket(self.ladder.rows(slots), slots, keys, updated)
 
   # ------------------------------------------------------------------------------------------------ The loop

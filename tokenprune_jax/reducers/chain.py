@@ -41,8 +41,8 @@ class Method(Reducer):
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(sorted({half for reducer in self.reducers for half in reducer.decides(depth)}))
 
-  def separates(self) -> bool:
-    return any(reducer.separates() for reducer in self.reducers)
+  def separates(self) -> tuple[str, ...]:
+    return tuple(sorted({name for reducer in self.reducers for name in reducer.separates()}))
 
   def reads(self, layer: int) -> tuple[str, ...]:
     return tuple(sorted({name for reducer in self.reducers for name in reducer.reads(layer)}))

@@ -117,8 +117,8 @@ class Method(Reducer):
     fixed = self.rule in FIXED or self.ratio == 1
     return () if fixed else tuple(Half(l, True) for l in range(1, depth))
 
-  def separates(self) -> bool:
-    return True
+  def separates(self) -> tuple[str, ...]:
+    return ('keys', 'rows')
 
   def reads(self, layer: int) -> tuple[str, ...]:
     return {'entropy': ('entropy',), 'random': (), 'norm': ()}.get(self.rule, ('received',))

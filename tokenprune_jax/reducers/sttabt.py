@@ -223,8 +223,8 @@ class Method(Reducer):
   def soft(self) -> str:
     return self.soft_form if self.mode == 'soft' else ''
 
-  def separates(self) -> bool:
-    return self.mode != 'distil'
+  def separates(self) -> tuple[str, ...]:
+    return () if self.mode == 'distil' else ('keys', 'rows')
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     return () if self.mode == 'distil' else tuple(Half(l, False) for l in range(depth))

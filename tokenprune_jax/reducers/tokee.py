@@ -211,8 +211,8 @@ class Method(Reducer):
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, False) for l in self.layers)
 
-  def separates(self) -> bool:
-    return self.level == 'token'
+  def separates(self) -> tuple[str, ...]:
+    return ('rows',) if self.level == 'token' else ()
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     b, n = inputs.ids.shape[0], tokens.length

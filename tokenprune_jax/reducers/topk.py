@@ -87,8 +87,8 @@ class Method(Reducer):
     falls = [l for l in range(1, depth + 1) if self.share(l) < (self.share(l - 1) if l > 1 else 1)]
     return tuple(Half(l, True) for l in falls)
 
-  def separates(self) -> bool:
-    return self.leavers != 'gone'
+  def separates(self) -> tuple[str, ...]:
+    return () if self.leavers == 'gone' else ('keys', 'rows')
 
   def reads(self, layer: int) -> tuple[str, ...]:
     if self.score == 'random' or (self.share(layer) == 1 and self.score != 'cumulative'):
