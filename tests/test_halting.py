@@ -140,6 +140,20 @@ def test_in_serve_rows_that_exit_leave_at_once_and_waiting_ones_take_their_place
   assert max(seen[3]) > 1  # those that go on were put together
 
 
+def test_nothing_is_compiled_after_precompile_where_words_halt():
+  model, params = model_and_params(TINY)
+  given = {'controls': {'exit_threshold': 0.95}, 'ladder': serve.Ladder((8,), batch_tokens=16)}
+  with serve.Server(model, params, **given) as server:
+    server.precompile()
+    before = len(server.programs)
+    rows = requests(ragged_batch(np.random.default_rng(0).integers(1, 9, 40), 8))
+    futures = [
+      server.submit(row, {'exit_threshold': limit}, wait=True)
+      for row, limit in zip(rows, (0.0, 0.9, 0.95, 0.98, 1.1) * 8)
+    ]
+    assert len({future.result(60).macs for future in futures}) > 10 and len(server.programs) == before
+
+
 def test_an_example_without_words_goes_through_whole():
   model, params = model_and_params({**TINY, 'threshold': 1.1})
   batch = {**BATCH, 'words': np.full_like(BATCH['words'], -1)}
