@@ -54,9 +54,9 @@ CURVES = {
   'dense': Curve('dense', 'dense'),
   'dense_more': Curve('dense, trained on', 'dense_more'),
   'sentee': Curve('SENTEE', 'sentee'),
-  'tokee_15': Curve('TOKEE, window of 15', 'tokee', 15),
-  'tokee_5': Curve('TOKEE, window of 5', 'tokee', 5),
-  'tokee_1': Curve('TOKEE, window of 1', 'tokee', 1),
+  'tokee_15': Curve('TOKEE, window 15', 'tokee', 15),
+  'tokee_5': Curve('TOKEE, window 5', 'tokee', 5),
+  'tokee_1': Curve('TOKEE, window 1', 'tokee', 1),
   'student': Curve('student, half of the layers', 'student'),
   'student_third': Curve('student, a third of the layers', 'student_third'),
 }

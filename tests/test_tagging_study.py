@@ -102,7 +102,7 @@ def test_the_queue_goes_on_and_times_go_into_the_table(study, tmp_path, monkeypa
   assert {row['reason'] for row in rows} == {None, 'the budget is 0.25, ask for more'}
   assert {row['reducer'].get('window') for row in rows if row['name'] == 'tokee_5'} == {5}
   text = (tmp_path / 'tagging.md').read_text()
-  assert '| TOKEE, window of 5 | 0.33 | 3 | 63.2 ± 0.0 | -26.80 |' in text
+  assert '| TOKEE, window 5 | 0.33 | 3 | 63.2 ± 0.0 | -26.80 |' in text
   assert '- tokee_15: 3 (the budget is 0.25, ask for more)' in text
   assert study('--times', '--budgets=0.5', '--documents=4', '--repeats=1') == []
   rows = json.loads((tmp_path / 'tagging.json').read_text())['rows']

@@ -12,6 +12,7 @@ from tokenprune_jax.predict import Reading, Word
 CELL, ROW = 26.0, 20.0  # pixels of a word's column, and of a layer's row
 LEFT, GAP = 210.0, 16.0  # pixels: for the methods' names, and between methods
 WORDS = 44  # that fit; of a longer text the first
+NOTE = 6.6  # pixels of a letter of the note below
 LONGEST, LETTER = 22, 8.5  # letters of a word that are shown, and pixels of one: words stand upright
 
 
@@ -36,7 +37,9 @@ def write_layers(readings: Mapping[str, Reading], path: str, title: str = '', me
   grids = {name: shares(reading) for name, reading in readings.items()}
   words = next(iter(readings.values())).words
   columns = min(len(words), WORDS)
-  width = LEFT + CELL * columns + 40
+  left_out = f', the first {columns} of {len(words)} words' if len(words) > columns else ''
+  note = f'Rows: layers, the first above. {meaning}{left_out}.'
+  width = LEFT + max(CELL * columns + 40, NOTE * len(note) + 20)
   top = heading(words[:columns], title)
   height = top + sum(ROW * len(grid) + GAP for grid in grids.values()) + 52
   figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor=PAPER)
@@ -51,8 +54,6 @@ def write_layers(readings: Mapping[str, Reading], path: str, title: str = '', me
   for name, grid in grids.items():
     draw_grid(axes, name, grid[:, :columns], top)
     top += ROW * len(grid) + GAP
-  left_out = f', the first {columns} of {len(words)} words' if len(words) > columns else ''
-  note = f'Rows: layers, the first above. {meaning}{left_out}.'
   axes.text(LEFT, top + 12, note, fontsize=9.5, color='#555b66', va='center')
   canvas = FigureCanvasAgg(figure)
   canvas.draw()
