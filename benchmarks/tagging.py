@@ -26,7 +26,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, measure, report, serving, text_pruning, text_times
+from benchmarks import accuracy, report, serving, text_pruning, text_times, turns
 from benchmarks.studies import Row
 from benchmarks.trained import Trained
 from tokenprune_jax import serve, timing, workdir
@@ -247,40 +247,49 @@ def timed(study: Study, options: argparse.Namespace) -> None:
   rows = [request['ids'] for request in requests]
   ladder = serve.Ladder().settled(max(map(len, rows)))
   batches = serving.dense_batches(rows, ladder, plain.config.pad_id, text_times.SIZE)['bucketed']
-  programs: dict[str, Any] = {**serving.dense_programs(plain, dense.params, {'bucketed': batches}, rows)}
-  macs: dict[str, float] = {}
-  waiting, servers = [], []
-  for name in SET:
-    points = [
-      point
-      for point in study.points.get((name, 0), ())
-      if point['budget'] in options.budgets and point['metrics']
-    ]
-    if name not in trained or not points:
-      continue
-    model, params = trained[name].model(points[0]['reducer']), trained[name].params
-    # One server for all points: thresholds and windows are controls of a request.
-    servers.append(timing.Served(model, params, requests, controls_of(points[0])))
-    print(f'{name}: compiled in {servers[-1].compile_seconds:.0f} s', flush=True)
-    for point in points:
-      label = f'{point["name"]} at {point["budget"]}'
-      programs[label] = functools.partial(answers, servers[-1].server, requests, controls_of(point))
-      given = programs[label]()
-      macs[label] = sum(answer.macs for answer in given) / sum(answer.dense_macs for answer in given)
-      waiting.append((point, label))
-  load = measure.quiet(options.allow_load)
-  times = timing.in_turns(programs, options.repeats)
-  best = serving.fastest(times)
-  for point, label in [(point, best) for point in study.points['dense', 0] if point['metrics']] + waiting:
-    ratio = times[best]['seconds'] / times[label]['seconds']
+  best = turns.fastest(
+    serving.dense_ways(plain, dense.params, {'bucketed': batches}, rows), options.repeats, options.allow_load
+  )
+  assert best is not None
+
+  def write(point: dict[str, Any], turn: turns.Turn, macs: float) -> None:
+    ratio = turn.times[best.name]['seconds'] / turn.own['seconds']
     point['time'] = {
-      **times[label], 'documents': len(rows), 'dense': best, 'time_ratio': ratio, 'mac_ratio': macs.get(label, 1.0),
-      'efficiency': ratio * macs.get(label, 1.0), 'load_of_others': load, 'commit': report.commit(),
+      **turn.own, 'documents': len(rows), 'dense': best.name, 'time_ratio': ratio, 'mac_ratio': macs,
+      'efficiency': ratio * macs, 'load_of_others': turn.load, 'commit': report.commit(),
       'command': shlex.join(['python', 'benchmarks/tagging.py', *sys.argv[1:]]),
     }  # fmt: skip
-    print(text_times.told(DATASET, label, point['time']), flush=True)
-  for served in [*servers, *(program for program in programs.values() if isinstance(program, timing.Served))]:
+    print(text_times.told(DATASET, turn.name, point['time']), flush=True)
+
+  for point in study.points['dense', 0]:
+    if point['metrics']:
+      write(point, best, 1.0)
+  for name in SET:
+    points = {
+      f'{point["name"]} at {point["budget"]}': point
+      for point in study.points.get((name, 0), ())
+      if point['budget'] in options.budgets and point['metrics']
+    }
+    if name not in trained or not points:
+      continue
+    first = next(iter(points.values()))
+    # One server for all points: thresholds and windows are controls of a request.
+    served = timing.Served(
+      trained[name].model(first['reducer']), trained[name].params, requests, controls_of(first)
+    )
+    print(f'{name}: compiled in {served.compile_seconds:.0f} s', flush=True)
+    makers = {
+      label: functools.partial(functools.partial, answers, served.server, requests, controls_of(point))
+      for label, point in points.items()
+    }
+    beside = {best.name: best.program}
+    for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
+      given = turn.program()
+      macs = sum(answer.macs for answer in given) / sum(answer.dense_macs for answer in given)
+      write(points[turn.name], turn, macs)
     served.close()
+    turns.freed()
+  turns.given_up(best.program)
 
 
 def controls_of(point: Mapping[str, Any]) -> dict[str, float]:
