@@ -152,14 +152,15 @@ def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]
   makers = {
     row['name']: functools.partial(program, points[row['name']]) for row in found if row['method'] != 'dense'
   }
+  load = measure.quiet(options.allow_load)
   times = timing.in_turns(beside, options.repeats)
-  done = [written(found[0], times, times[names['dense']], measure.quiet(options.allow_load))]
+  done = [written(found[0], times, times[names['dense']], load)]
   own = {row['name']: row for row in found}
   for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
     done.append(written(own[turn.name], turn.times, turn.own, turn.load))
     print(f'{dataset} {turn.name}: {throughput(done[-1])[1]} times dense', flush=True)
-  for program_ in beside.values():
-    turns.given_up(program_)
+  for standing in filter(None, best):
+    standing.give_up()
   return done
 
 

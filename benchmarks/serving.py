@@ -16,6 +16,7 @@ datasets that are not measured yet.
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import shlex
@@ -158,43 +159,38 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     print(f'{name}: compiled in {found.compile_seconds:.0f} s, {spec}', flush=True)
     return found
 
-  found: list[dict[str, Any]] = []
+  seen: dict[str, turns.Turn] = {}
+  found: dict[str, dict[str, Any]] = {}
 
   def see(turn: turns.Turn) -> None:
     served = isinstance(turn.program, timing.Served)
     executor = 'serve' if served else wanted.get(turn.name, ('', 'mask'))[1]
-    found.append({
+    seen[turn.name] = dataclasses.replace(turn, program=None)
+    found[turn.name] = {
       'model': options.model, 'dataset': dataset, 'documents': len(rows), 'method': turn.name, 'dtype': options.dtype[0],
-      'executor': executor, **turn.own, 'mac_ratio': macs.get(turn.name, 1.0), 'load_of_others': turn.load,
-      'compile_seconds': turn.program.compile_seconds, 'programs': None, 'arriving': None,
-      **(requests(turn.program, turn.own['seconds'], options.requests) if served else {}),
-    })  # fmt: skip
+      'executor': executor, 'compile_seconds': turn.program.compile_seconds, 'programs': None, 'arriving': None,
+      'commit': report.commit(), **(requests(turn.program, turn.own['seconds'], options.requests) if served else {}),
+    }  # fmt: skip
 
-  def compare(row: dict[str, Any], dense: str, seconds: float) -> None:
-    ratio = seconds / row['seconds']
-    row |= {
-      'dense': dense,
-      'dense_seconds': seconds,
-      'time_ratio': ratio,
-      'efficiency': ratio * row['mac_ratio'],
-    }
-    print(line(row), flush=True)
+  def compare(name: str, dense: str, seconds: float) -> None:
+    found[name] |= {'dense': dense, **turns.compared(seen[name], seconds, macs.get(name, 1.0))}
+    print(line(found[name]), flush=True)
 
   ways = dense_ways(*made({'name': 'none'}), shapes, rows)
   dense = turns.fastest(ways, options.repeats, options.allow_load, see)
   assert dense is not None
-  best = next(row for row in found if row['method'] == dense.name)['seconds']
-  for row in found:
-    compare(row, dense.name, best)
+  best = seen[dense.name].own['seconds']
+  for name in ways:
+    compare(name, dense.name, best)
   makers = {
     name: functools.partial(program, name) for name in options.methods or ('threshold', 'early_exit', 'topk')
   }
   beside = {dense.name: dense.program}
   for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
     see(turn)
-    compare(found[-1], dense.name, turn.times[dense.name]['seconds'])
-  turns.given_up(dense.program)
-  return found
+    compare(turn.name, dense.name, turn.times[dense.name]['seconds'])
+  dense.give_up()
+  return list(found.values())
 
 
 def requests(served: timing.Served, seconds: float, count: int) -> dict[str, Any]:
@@ -261,11 +257,10 @@ def main() -> None:
   )  # of what is running now
   before = report.read(path)
   rows: list[dict[str, Any]] = before['rows'] if before.get('command') == header['command'] else []
-  for dataset in options.datasets:
-    if any(row['dataset'] == dataset for row in rows):
-      continue
+  missing = [name for name in options.datasets if all(row['dataset'] != name for row in rows)]
+  header = header if missing else before  # what is only drawn again comes from where it came from
+  for dataset in missing:
     rows += measured(options, dataset)
-    turns.freed()
     workdir.write_json(path, {**header, 'rows': rows})
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n{report.origin(header)}')
   title = f'Real documents through serve, {WEIGHTS[options.model]}'

@@ -180,10 +180,18 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
     return served
 
   ways = {'dense_whole': functools.partial(dense_way, 0), 'dense_grouped': functools.partial(dense_way, -1)}
-  first: list[turns.Turn] = []
-  dense = turns.fastest(ways, options.repeats, options.allow_load, first.append)
+  seen: list[tuple[turns.Turn, dict[str, Any]]] = []
+
+  def about(turn: turns.Turn) -> dict[str, Any]:
+    return {'compile_seconds': turn.program.compile_seconds, 'peak_bytes': turn.program.peak_bytes}
+
+  def see(turn: turns.Turn) -> None:
+    seen.append((dataclasses.replace(turn, program=None), about(turn)))
+
+  dense = turns.fastest(ways, options.repeats, options.allow_load, see)
   assert dense is not None
-  beside, seconds = {dense.name: dense.program}, {turn.name: turn.own['seconds'] for turn in first}
+  beside = {dense.name: dense.program}
+  seconds = next(turn.own['seconds'] for turn, _ in seen if turn.name == dense.name)
   peers = {
     turn.name: turn.own['seconds'] / turn.times[dense.name]['seconds']
     for turn in turns.one_by_one(
@@ -193,24 +201,23 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
   ratios = {f'{peer}_ratio': peers.get(peer) for peer in ('torch_eager', 'torch_sdpa')}
   found: list[dict[str, Any]] = []
 
-  def note(turn: turns.Turn, executor: str, against: float) -> None:
-    ratio, share = against / turn.own['seconds'], macs.get(turn.name, 1.0)
+  def note(turn: turns.Turn, more: dict[str, Any], executor: str, against: float) -> None:
+    times = turns.compared(turn, against, macs.get(turn.name, 1.0))
     found.append({
       'model': options.model, 'method': turn.name, 'executor': executor, 'batch': batch, 'length': length, 'dtype': dtype,
-      **turn.own, 'dense_seconds': against, 'mac_ratio': share, 'time_ratio': ratio, 'efficiency': ratio * share,
-      **{name: peer and peer * ratio for name, peer in ratios.items()}, 'load_of_others': turn.load,
-      'compile_seconds': turn.program.compile_seconds, 'peak_bytes': turn.program.peak_bytes,
+      **times, **{name: peer and peer * times['time_ratio'] for name, peer in ratios.items()}, **more,
     })  # fmt: skip
     print(line(found[-1]), flush=True)
 
-  for turn in first:
-    note(turn, 'mask', seconds[dense.name])
+  for turn, more in seen:
+    note(turn, more, 'mask', seconds)
   executors, makers = {}, {}
   for name, executor in chosen(options, wanted):
     key = name if executor == wanted[name][1] else f'{name} ({executor})'
     executors[key], makers[key] = executor, functools.partial(program, key, name, executor)
   for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
-    note(turn, executors[turn.name], turn.times[dense.name]['seconds'])
+    note(turn, about(turn), executors[turn.name], turn.times[dense.name]['seconds'])
+  dense.give_up()
   return found
 
 

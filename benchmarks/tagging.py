@@ -15,7 +15,6 @@ import argparse
 import collections
 import functools
 import pathlib
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -252,18 +251,9 @@ def timed(study: Study, options: argparse.Namespace) -> None:
   )
   assert best is not None
 
-  def write(point: dict[str, Any], turn: turns.Turn, macs: float) -> None:
-    ratio = turn.times[best.name]['seconds'] / turn.own['seconds']
-    point['time'] = {
-      **turn.own, 'documents': len(rows), 'dense': best.name, 'time_ratio': ratio, 'mac_ratio': macs,
-      'efficiency': ratio * macs, 'load_of_others': turn.load, 'commit': report.commit(),
-      'command': shlex.join(['python', 'benchmarks/tagging.py', *sys.argv[1:]]),
-    }  # fmt: skip
-    print(text_times.told(DATASET, turn.name, point['time']), flush=True)
-
   for point in study.points['dense', 0]:
     if point['metrics']:
-      write(point, best, 1.0)
+      text_times.write(point, best, best.name, 1.0, len(rows), DATASET)
   for name in SET:
     points = {
       f'{point["name"]} at {point["budget"]}': point
@@ -286,10 +276,9 @@ def timed(study: Study, options: argparse.Namespace) -> None:
     for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
       given = turn.program()
       macs = sum(answer.macs for answer in given) / sum(answer.dense_macs for answer in given)
-      write(points[turn.name], turn, macs)
+      text_times.write(points[turn.name], turn, best.name, macs, len(rows), DATASET)
     served.close()
-    turns.freed()
-  turns.given_up(best.program)
+  best.give_up()
 
 
 def controls_of(point: Mapping[str, Any]) -> dict[str, float]:

@@ -76,24 +76,27 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
     print(f'{dataset} {name}: compiled in {found.compile_seconds:.0f} s', flush=True)
     return found
 
-  def write(point: dict[str, Any], turn: turns.Turn, dense: str) -> None:
-    ratio, share = turn.times[dense]['seconds'] / turn.own['seconds'], macs.get(turn.name, 1.0)
-    point['time'] = {
-      **turn.own, 'documents': len(rows), 'dense': dense, 'time_ratio': ratio, 'mac_ratio': share,
-      'efficiency': ratio * share, 'load_of_others': turn.load, 'commit': report.commit(),
-      'command': shlex.join(['python', 'benchmarks/text_times.py', *sys.argv[1:]]),
-    }  # fmt: skip
-    print(told(dataset, turn.name, point['time']), flush=True)
-
   ways = serving.dense_ways(plain, dense.params, {'bucketed': batches}, rows)
   best = turns.fastest(ways, options.repeats, options.allow_load)
   assert best is not None
-  write(waiting[0][0], best, best.name)
+  write(waiting[0][0], best, best.name, 1.0, len(rows), dataset)
   points = {label(point): point for point, _ in waiting[1:]}
   makers = {label(point): functools.partial(program, point, trained) for point, trained in waiting[1:]}
   for turn in turns.one_by_one(makers, {best.name: best.program}, options.repeats, options.allow_load):
-    write(points[turn.name], turn, best.name)
-  turns.given_up(best.program)
+    write(points[turn.name], turn, best.name, macs[turn.name], len(rows), dataset)
+  best.give_up()
+
+
+def write(
+  point: dict[str, Any], turn: turns.Turn, dense: str, mac_ratio: float, documents: int, dataset: str
+) -> None:
+  """Puts the time of a turn into a point, and says it. dense: the program that it was timed beside, or itself."""
+  point['time'] = {
+    **turns.compared(turn, turn.times[dense]['seconds'], mac_ratio), 'documents': documents, 'dense': dense,
+    'commit': report.commit(),
+    'command': shlex.join(['python', f'benchmarks/{pathlib.Path(sys.argv[0]).name}', *sys.argv[1:]]),
+  }  # fmt: skip
+  print(told(dataset, turn.name, point['time']), flush=True)
 
 
 def label(point: Mapping[str, Any]) -> str:

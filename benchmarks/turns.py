@@ -4,9 +4,10 @@ A kernel of XLA's CPU code takes three of the 65,530 pieces of memory that Linux
 about a thousand. So programs are made one after the other, timed in turns with those that stay, and given up.
 """
 
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -17,8 +18,12 @@ Program = Callable[[], object]
 Makers = Mapping[str, Callable[[], Any]]
 
 
-class Turn(NamedTuple):
-  """A program, what it and those beside it took (as `timing.in_turns`), and the load of others."""
+@dataclasses.dataclass
+class Turn:
+  """A program, what it and those beside it took (as `timing.in_turns`), and the load of others.
+
+  program: None once it is given up, so that whoever still holds the turn does not keep the code.
+  """
 
   name: str
   program: Any
@@ -30,18 +35,32 @@ class Turn(NamedTuple):
     """What the program took."""
     return self.times[self.name]
 
+  def give_up(self) -> None:
+    """Ends what has a thread of its own, and gives back the code that nobody holds any more."""
+    if isinstance(self.program, timing.Served):
+      self.program.close()
+    self.program = None
+    jax.clear_caches()
+    gc.collect()
+
+
+def timed(
+  name: str, make: Callable[[], Any], beside: Mapping[str, Program], repeats: int, allow_load: bool
+) -> Turn:
+  """A program, made and timed in turns with those in `beside`. Exits where the machine is not quiet."""
+  program = make()
+  load = measure.quiet(allow_load)
+  return Turn(name, program, timing.in_turns({**beside, name: program}, repeats), load)
+
 
 def one_by_one(
   makers: Makers, beside: Mapping[str, Program], repeats: int, allow_load: bool = False
 ) -> Iterator[Turn]:
-  """Each program, timed in turns with those in `beside`; it is closed and its code given up when the next is asked for."""
+  """Each program, timed in turns with those in `beside`; it is given up when the next is asked for."""
   for name, make in makers.items():
-    program = make()
-    load = measure.quiet(allow_load)
-    yield Turn(name, program, timing.in_turns({**beside, name: program}, repeats), load)
-    given_up(program)
-    del program
-    freed()
+    turn = timed(name, make, beside, repeats, allow_load)
+    yield turn
+    turn.give_up()
 
 
 def fastest(
@@ -53,29 +72,23 @@ def fastest(
   """
   best: Turn | None = None
   for name, make in makers.items():
-    program = make()
-    load = measure.quiet(allow_load)
-    beside = {best.name: best.program} if best else {}
-    turn = Turn(name, program, timing.in_turns({**beside, name: program}, repeats), load)
+    turn = timed(name, make, {best.name: best.program} if best else {}, repeats, allow_load)
     seen(turn)
     if best is None:
       best = turn
-      continue
-    faster = turn.own['seconds'] < turn.times[best.name]['seconds']
-    given_up(best.program if faster else program)
-    best = turn if faster else best._replace(times=turn.times, load=load)
-    del turn, program, beside
-    freed()
+    elif turn.own['seconds'] < turn.times[best.name]['seconds']:
+      best.give_up()
+      best = turn
+    else:
+      best.times, best.load = turn.times, turn.load
+      turn.give_up()
   return best
 
 
-def given_up(program: Any) -> None:
-  """Ends what has a thread of its own."""
-  if isinstance(program, timing.Served):
-    program.close()
-
-
-def freed() -> None:
-  """Gives back the code of programs that nobody holds any more."""
-  jax.clear_caches()
-  gc.collect()
+def compared(turn: Turn, dense_seconds: float, mac_ratio: float) -> dict[str, Any]:
+  """What a program took, beside dense. mac_ratio: its multiply-adds as a share of dense's."""
+  ratio = dense_seconds / turn.own['seconds']
+  return {
+    **turn.own, 'dense_seconds': dense_seconds, 'mac_ratio': mac_ratio, 'time_ratio': ratio, 'efficiency': ratio * mac_ratio,
+    'load_of_others': turn.load,
+  }  # fmt: skip

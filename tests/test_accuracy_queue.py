@@ -22,6 +22,12 @@ STUDY = 'bbc_fuzzy'
 DOCUMENTS = 120
 
 
+def fake_point(scores, share, records):
+  """What `Trained.evaluate` says of a model that keeps and costs a share of dense's."""
+  found = {'metrics': scores, 'keep_ratio': share, 'mac_ratio': share, 'reason': None}
+  return {**found, **report.correctness(records)}
+
+
 def fake_result(folder: pathlib.Path, hit_rate: float, seed: int):
   """What main.py leaves in a finished workdir."""
   random = np.random.default_rng(seed)

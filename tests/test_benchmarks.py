@@ -1,11 +1,13 @@
 """The benchmarks' own arithmetic: layouts, choices and tables, on made-up numbers."""
 
 import argparse
+import time
+import weakref
 
 import numpy as np
 import pytest
 
-from benchmarks import headline, measure, packing, report, serving, speed
+from benchmarks import headline, measure, packing, report, serving, speed, turns
 from tokenprune_jax import ladder
 from tokenprune_jax.models import make_reducer
 
@@ -102,6 +104,36 @@ def test_settings_of_the_headline_fit_the_model():
   for setting in headline.settings('bbc'):
     make_reducer(setting.spec).check(6, 12)
   assert [setting.method for setting in headline.settings('bbc')].count('topk') == len(headline.ENDS)
+
+
+def test_programs_are_given_up_before_the_next_is_made(monkeypatch):
+  monkeypatch.setattr(measure, 'others_load', lambda: 0.0)
+  alive = []
+
+  class Program:
+    def __init__(self, seconds):
+      self.seconds = seconds
+
+    def __call__(self):
+      time.sleep(self.seconds)
+
+  def maker(seconds, most):
+    def make():
+      assert sum(ref() is not None for ref in alive) <= most
+      alive.append(weakref.ref(program := Program(seconds)))
+      return program
+
+    return make
+
+  ways = {'slow': maker(0.02, 0), 'fast': maker(0.002, 1), 'slower': maker(0.04, 1)}
+  best = turns.fastest(ways, 1)
+  assert best.name == 'fast' and best.times.keys() == {'fast', 'slower'}
+  others = {'a': maker(0.001, 1), 'b': maker(0.001, 1)}
+  names = []
+  for turn in turns.one_by_one(others, {best.name: best.program}, 1):
+    assert turn.times.keys() == {'fast', turn.name}
+    names.append(turn.name)
+  assert names == ['a', 'b'] and turn.program is None
 
 
 def test_batches_of_documents_hold_each_document_once():

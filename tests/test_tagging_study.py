@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
 from benchmarks import accuracy, measure, report, tagging  # noqa: E402
 from tests.reference import TINY_CONFIG, model_and_params, ragged_batch, requests, settings  # noqa: E402
-from tests.test_accuracy_queue import fake_result  # noqa: E402
+from tests.test_accuracy_queue import fake_point, fake_result  # noqa: E402
 from tokenprune_jax import models, stages  # noqa: E402
 from tokenprune_jax.errors import UserError  # noqa: E402
 
@@ -49,13 +49,7 @@ class Trained:
     share = spec.get('budget', 1.0)
     records = [{'tags': ['O'] * 3, 'predicted': ['O'] * 3}] * 8
     scores = dict.fromkeys(('accuracy', 'precision', 'recall', 'f1', 'loss'), 0.5 + 0.4 * share)
-    return {
-      'metrics': scores,
-      'keep_ratio': share,
-      'mac_ratio': share,
-      'reason': None,
-      **report.correctness(records),
-    }
+    return fake_point(scores, share, records)
 
 
 @pytest.fixture

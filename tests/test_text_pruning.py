@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 from benchmarks import accuracy, measure, report, text_page, text_pruning, text_runs, text_times  # noqa: E402
 from benchmarks.trained import SCORES  # noqa: E402
 from tests.reference import TINY_CONFIG, model_and_params  # noqa: E402
-from tests.test_accuracy_queue import fake_result  # noqa: E402
+from tests.test_accuracy_queue import fake_point, fake_result  # noqa: E402
 from tokenprune_jax import models, stages  # noqa: E402
 from tokenprune_jax.data import datasets  # noqa: E402
 from tokenprune_jax.errors import UserError  # noqa: E402
@@ -48,13 +48,7 @@ class Trained:
     share = spec.get('budget', spec.get('keep', 0.5))
     scores = dict.fromkeys(SCORES, 0.5 + 0.4 * share)
     found = records(0.5 + 0.4 * share, int(1000 * share))
-    return {
-      'metrics': scores,
-      'keep_ratio': share,
-      'mac_ratio': share,
-      'reason': None,
-      **report.correctness(found),
-    }
+    return fake_point(scores, share, found)
 
 
 @pytest.fixture

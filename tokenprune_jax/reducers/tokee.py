@@ -152,9 +152,7 @@ class Method(Reducer):
 
   layers: tuple[int, ...] = tuple(range(1, 12))  # with an exit, counted from 1
   level: str = 'token'  # or 'sentence'
-  threshold: float = (
-    0.1  # of the lower half: 0 nothing exits, 1.1 all does; as a probability 1 nothing, 0 all
-  )
+  threshold: float = 0.1  # of the lower half: at 0 nothing exits, at 1.1 all (of a probability: at 1, at 0)
   upper: float = word_exit.UPPER  # factor of the threshold in the upper half
   cap: float = SURE_OF_ALL  # of the threshold, after that
   window: int = 15  # words, odd
