@@ -6,9 +6,9 @@
 Fine-tuned MiniLM-L6 (seed 0), float32, documents at their real lengths up to the 512 tokens that the model reads.
 Curves: top-k (trained at one schedule, other schedules as settings at inference) and combining (one run a layer). The
 setting of the headline is the fastest one within half a point of dense on the whole validation split, none of which any
-run was trained on; the test split only reports. Dense is the fastest of five ways to run it, torch the faster of two. Goes
-on with the same command after any stop; makes the runs it needs. `--no_timing` computes the accuracies only, which other
-programs do not disturb.
+run was trained on; the test split only reports. Dense is the fastest of five ways to run it, torch the faster of two, timed
+beside that dense. Goes on with the same command after any stop; makes the runs it needs. `--no_timing` computes the
+accuracies only, which other programs do not disturb.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, measure, report, serving, speed, turns
+from benchmarks import accuracy, report, serving, speed, turns
 from benchmarks.selection_rules import TITLES
 from benchmarks.studies import DATASETS, Row
 from benchmarks.trained import Trained
@@ -130,37 +130,39 @@ def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]
   shapes = serving.dense_batches(rows, ladder.Ladder().settled(LONGEST), dense.config.pad_id)
   ways: dict[str, Any] = {}
   plain = serving.dense_ways(dense, params, shapes, rows)
-  peers = torch_ways(rows, shapes['bucketed'], dense.config)
-  best = [
-    turns.fastest(
-      makers, options.repeats, options.allow_load, lambda turn: ways.update({turn.name: turn.own})
-    )
-    for makers in (plain, peers)
-  ]
-  beside = {turn.name: turn.program for turn in best if turn}
-  names = {kind: turn.name if turn else None for kind, turn in zip(('dense', 'torch'), best)}
+  best = turns.fastest(
+    plain, options.repeats, options.allow_load, lambda turn: ways.update({turn.name: turn.own})
+  )
+  assert best is not None
+  beside = {best.name: best.program}
+  peers: dict[str, float] = {}  # seconds, where dense takes one
+  for turn in turns.one_by_one(
+    torch_ways(rows, shapes['bucketed'], dense.config), beside, options.repeats, options.allow_load
+  ):
+    ways[turn.name], peers[turn.name] = turn.own, turn.own['seconds'] / turn.times[best.name]['seconds']
+  peer = min(peers, key=peers.__getitem__, default=None)
 
   def program(point: Setting) -> timing.Forward:
     run, params = trained(point, options.runs)
     return timing.Forward(run.model(point.spec).clone(executor='compact'), params, shapes['bucketed'])
 
-  def written(row: dict[str, Any], times: dict[str, Any], own: dict[str, Any], load: Any) -> dict[str, Any]:
-    seconds = {f'{kind}_seconds': times[name]['seconds'] if name else None for kind, name in names.items()}
-    about = {**own, **names, **seconds, 'documents': len(rows), 'load_of_others': load}
-    return {**row, **about, 'ways': ways if row['method'] == 'dense' else None}
+  def written(row: dict[str, Any], turn: turns.Turn) -> dict[str, Any]:
+    seconds = turn.times[best.name]['seconds']
+    return {
+      **row, **turn.own, 'dense': best.name, 'torch': peer, 'documents': len(rows), 'load_of_others': turn.load,
+      'dense_seconds': seconds, 'torch_seconds': peers[peer] * seconds if peer else None,
+      'ways': ways if row['method'] == 'dense' else None,
+    }  # fmt: skip
 
   makers = {
     row['name']: functools.partial(program, points[row['name']]) for row in found if row['method'] != 'dense'
   }
-  load = measure.quiet(options.allow_load)
-  times = timing.in_turns(beside, options.repeats)
-  done = [written(found[0], times, times[names['dense']], load)]
+  done = [written(found[0], best)]
   own = {row['name']: row for row in found}
   for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
-    done.append(written(own[turn.name], turn.times, turn.own, turn.load))
+    done.append(written(own[turn.name], turn))
     print(f'{dataset} {turn.name}: {throughput(done[-1])[1]} times dense', flush=True)
-  for standing in filter(None, best):
-    standing.give_up()
+  best.give_up()
   return done
 
 
@@ -260,25 +262,20 @@ def main() -> None:
   path = pathlib.Path(options.out)
   header = report.header(shlex.join(['python', 'benchmarks/headline.py', *sys.argv[1:]]))
   known = {(row['dataset'], row['name']): row for row in report.read(path)['rows']}
-  rows: list[dict[str, Any]] = []
   for dataset in options.datasets:
-    mine = []
     for setting in settings(dataset):
       row = known.get((dataset, setting.name))
       if row is None:
         row = scored(setting, *trained(setting, options.runs))
         scores = f'valid {row["valid"]:.4f}, test {row["test"]:.4f}, MACs {row["mac_ratio"]:.2f}'
         print(f'{dataset} {setting.name}: {scores}', flush=True)
-      mine.append(row)
       known[dataset, setting.name] = row
       workdir.write_json(path, {**header, 'rows': list(known.values())})
-    rows += mine
-  if not options.no_timing:
-    rows = [
-      row for dataset in options.datasets
-      for row in timed(options, dataset, [row for row in rows if row['dataset'] == dataset])
-    ]  # fmt: skip
-  save(path, {**header, 'rows': rows})
+  for dataset in () if options.no_timing else options.datasets:
+    for row in timed(options, dataset, [known[dataset, setting.name] for setting in settings(dataset)]):
+      known[dataset, row['name']] = row
+    save(path, {**header, 'rows': list(known.values())})  # what was measured is kept
+  save(path, {**header, 'rows': list(known.values())})
   print(path.with_suffix('.md').read_text(encoding='utf-8'))
 
 

@@ -89,6 +89,19 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {'rows': []}
 
 
+def resumed(
+  path: pathlib.Path, command: str, key: Callable[[dict[str, Any]], Any], wanted: Sequence[Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[Any]]:
+  """(how the result comes about, rows that the same command has measured before, which of `wanted` they lack).
+
+  key: what a row is the result of. Where nothing is missing, the file is as it was; rows of several commits say their own.
+  """
+  before = read(path)
+  rows = before['rows'] if before.get('command') == command else []
+  missing = [item for item in wanted if item not in set(map(key, rows))]
+  return header(command) if missing else before, rows, missing
+
+
 # ------------------------------------------------------------------------------------------------ Correctness
 def correctness(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Which documents, or whole sentences, a run got right, short enough for a result file, and a digest of the test set.

@@ -252,13 +252,8 @@ def main() -> None:
   parser.add_argument('--out', default='results/serve.json')
   options = parser.parse_args()
   path = pathlib.Path(options.out)
-  header = report.header(
-    shlex.join(['python', 'benchmarks/serving.py', *sys.argv[1:]])
-  )  # of what is running now
-  before = report.read(path)
-  rows: list[dict[str, Any]] = before['rows'] if before.get('command') == header['command'] else []
-  missing = [name for name in options.datasets if all(row['dataset'] != name for row in rows)]
-  header = header if missing else before  # what is only drawn again comes from where it came from
+  command = shlex.join(['python', 'benchmarks/serving.py', *sys.argv[1:]])
+  header, rows, missing = report.resumed(path, command, lambda row: row['dataset'], options.datasets)
   for dataset in missing:
     rows += measured(options, dataset)
     workdir.write_json(path, {**header, 'rows': rows})

@@ -7,13 +7,14 @@ Writes results/speed.json and .md. Methods that take a budget are set to `--budg
 faster of the plain program and the one that works on groups of rows that stay in the cache; a method is compared with it.
 Methods whose counts depend on the data run under `serve`, everything on the host included, on random weights: for real
 documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where it is not installed its
-columns are null.
+columns are null. The same command goes on with the shapes that are not measured yet.
 """
 
 import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import pathlib
 import shlex
 import sys
@@ -298,15 +299,15 @@ def main() -> None:
   wrong = [name for name in options.executor if name not in EXECUTORS]
   if wrong:
     parser.error(f'--executor: there is no {wrong[0]!r}; choose from {", ".join(EXECUTORS)}')
-  rows, path = [], pathlib.Path(options.out)
-  header = report.header(
-    shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
-  )  # of what is running now
-  for dtype in options.dtype:
-    for length in options.length:
-      for batch in options.batch:
-        rows += cell(options, batch, length, dtype)
-        workdir.write_json(path, {**header, 'rows': rows})  # what was measured is kept
+  path = pathlib.Path(options.out)
+  command = shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
+  cells = list(itertools.product(options.dtype, options.length, options.batch))
+  header, rows, missing = report.resumed(
+    path, command, lambda row: (row['dtype'], row['length'], row['batch']), cells
+  )
+  for dtype, length, batch in missing:
+    rows += [{**row, 'commit': header['commit']} for row in cell(options, batch, length, dtype)]
+    workdir.write_json(path, {**header, 'rows': rows})  # what was measured is kept
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}{break_even(rows)}\n{report.origin(header)}')
   title = f'Speed on full rows, {options.model}'
   report.plot_savings(

@@ -7,6 +7,7 @@ back-tracking without thresholds, topk, cascade, spatten, manual, exits, pyramid
 also tokee, sentee), the workdir of a finished dense run and, where there is one, that of a run which the method's first
 stage need not repeat: for sttabt and abt one with a trained ApproxNet (`imdb_sttabt.py:approx`), for tokee one of sentee. A
 method's recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
+`topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from labels alone.
 """
 
 import json
@@ -47,6 +48,7 @@ RECIPES = {
   'tokee': (conll_tokee, 'tokee,ner'),
   'sentee': (conll_tokee, 'sentee,ner'),
 }
+DISTILLED = '+distil'
 KEPT = ('seed', 'task', 'data')  # of the dense run
 
 
@@ -71,10 +73,16 @@ def moved(stage: dict, dense: str, other: str) -> dict:
   return {**stage, **first}
 
 
+def taught(stage: dict, dense: str) -> dict:
+  """A stage that learns half from the dense run's answers where it learned from labels alone."""
+  return {**stage, 'objective': 'distil', 'teacher': dense} if stage['objective'] == 'default' else stage
+
+
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
-  """The config of 'method,dense run[,run of the first stage]'."""
-  method, _, folders = argument.partition(',')
+  """The config of 'method[+distil],dense run[,run of the first stage]'."""
+  name, _, folders = argument.partition(',')
   dense, _, other = folders.partition(',')
+  method = name.removesuffix(DISTILLED)
   if method not in RECIPES:
     raise UserError(f'the config has no method {method!r}; choose one of {", ".join(RECIPES)}')
   given, (recipe, variant) = read(dense), RECIPES[method]
@@ -87,4 +95,6 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.stages = tuple(
       moved(dict(stage), dense, other) for stage in config.stages if stage['name'] not in left_out
     )
+    if name != method:
+      config.stages = tuple(taught(dict(stage), dense) for stage in config.stages)
   return config

@@ -15,7 +15,7 @@ from tests.reference import (
   requests,
   settings,
 )
-from tokenprune_jax import flops, serve, stages, word_exit
+from tokenprune_jax import flops, segments, serve, stages, tasks, word_exit
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
 from tokenprune_jax.reducers import tokee
@@ -55,7 +55,7 @@ def test_executors_agree_under_every_setting(changes):
   close(masked.logits, compact.logits)
   close(masked.trace.rows, compact.trace.rows)
   assert (np.asarray(masked.trace.rows)[:, -1] < LENGTHS).any()  # something has halted
-  with serve.Server(model, params, ladder=LADDER) as server:
+  with serve.Server(model, params, ladder=serve.Ladder((16,), batch_tokens=32)) as server:
     answers = list(server.map(requests(BATCH)))
   for answer, expected, n in zip(answers, masked.logits, LENGTHS):
     close(answer.logits, expected[:n])
@@ -154,6 +154,14 @@ def test_nothing_is_compiled_after_precompile_where_words_halt():
     assert len({future.result(60).macs for future in futures}) > 10 and len(server.programs) == before
 
 
+def test_what_is_kept_of_words_is_as_long_as_their_bucket():
+  model, params = model_and_params(TINY)
+  with serve.Server(model, params, ladder=LADDER) as server:
+    assert {(bucket.slots, bucket.length) for bucket in server.buckets(2)} == {(8, 8), (16, 16)}
+    kept = server.programs.shapes(2, segments.Bucket(4, 8, length=8)).memory
+  assert kept['prediction'].shape == (4, 8, 3) and kept['board'].size == 0
+
+
 def test_an_example_without_words_goes_through_whole():
   model, params = model_and_params({**TINY, 'threshold': 1.1})
   batch = {**BATCH, 'words': np.full_like(BATCH['words'], -1)}
@@ -240,8 +248,9 @@ def test_sampled_exits_halt_words_and_only_those_that_are_left_learn(training, m
 
 def test_what_sampling_cannot_do_without_is_named(training):
   model, params, batch = training
-  with pytest.raises(UserError, match="needs a teacher: the stage that was trained by 'tags_joint'"):
-    objective(tokee.tags_sampled, model, params, batch)
+  alone = {'name': 'sampled', 'objective': 'tags_sampled', 'teacher': ''}
+  with pytest.raises(UserError, match="stage 'sampled': the objective 'tags_sampled' needs a teacher"):
+    stages.find_objective(alone, TINY, tasks.make('tag'))
   plain, own = model_and_params({'name': 'none'}, readout='tokens')
   with pytest.raises(UserError, match='has no exits'):
     objective(tokee.tags_sampled, model, params, batch, (plain, own))

@@ -128,6 +128,17 @@ def test_stages_that_cannot_follow_each_other_are_refused(reducer, stages, words
     train.run(tiny(reducer, *stages), tmp_path)
 
 
+def test_any_method_may_learn_from_the_dense_runs_answers(runs):
+  dense = str(runs / 'dense')
+  config = given('sttabt+distil', dense, runs / 'approx')
+  soft, hard = config['stages']
+  assert soft['teacher'] == hard['teacher'] == dense and hard['init'] == 'soft'
+  assert soft['objective'] == hard['objective'] == 'distil'
+  checked(config)
+  with pytest.raises(UserError, match="no method 'ltp\\+dist'"):
+    given('ltp+dist', dense)
+
+
 @pytest.mark.parametrize('method', TAGGERS)
 def test_methods_that_tag_words_do_not_start_from_a_classifier_of_texts(runs, method):
   config = given(method, runs / 'dense')

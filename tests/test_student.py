@@ -8,15 +8,14 @@ import pytest
 
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import models, train
+from tokenprune_jax import models, tasks, train
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.reducers import student
 
 
 def test_divergence_is_that_of_softened_logits():
   rng = np.random.default_rng(0)
   teacher, pupil = rng.normal(size=(2, 3, 4)).astype(np.float32)
-  for row, found in enumerate(student.softened(jnp.asarray(teacher), jnp.asarray(pupil))):
+  for row, found in enumerate(tasks.softened(jnp.asarray(teacher), jnp.asarray(pupil))):
     p, q = (np.exp(x[row] / 2) / np.exp(x[row] / 2).sum() for x in (teacher, pupil))
     assert float(found) == pytest.approx(4 * sum(a * math.log(a / b) for a, b in zip(p, q)), rel=1e-4)
 

@@ -11,11 +11,22 @@ from scipy.special import softmax
 
 import tokenprune_jax
 from tests.tiny_run import config, lines
-from tokenprune_jax import data, evaluate, metrics, models, pretrained, serve, settings, tagger, tasks, train
+from tokenprune_jax import (
+  data,
+  evaluate,
+  metrics,
+  models,
+  pretrained,
+  serve,
+  settings,
+  stages,
+  tagger,
+  tasks,
+  train,
+)
 from tokenprune_jax.data import windows
 from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.reducers import student
 
 NAMES = ('B-LOC', 'B-PER', 'I-PER', 'O')
 MEANT = {'bako': 'B-PER', 'dice': 'I-PER', 'fumo': 'B-LOC'}
@@ -234,9 +245,10 @@ def test_a_student_is_distilled_on_labelled_words_alone():
   batch = {'label': jnp.asarray(label), 'weight': jnp.ones(3)}
 
   def output(logits):
-    return SimpleNamespace(logits=jnp.where((label >= 0)[..., None], logits, np.inf))
+    return SimpleNamespace(logits=jnp.where((label >= 0)[..., None], logits, np.inf), loss=0.0)
 
-  loss, found = student.distil(lambda *_: output(mine), None, batch, None, lambda _: output(theirs))
+  distil = stages.distillation(tasks.make('tag'))
+  loss, found = distil(lambda *_: output(mine), None, batch, None, lambda _: output(theirs))
   at = label >= 0
   task = -np.mean(np.log(softmax(mine[at], 1)[np.arange(at.sum()), label[at]]))
   p, q = softmax(theirs[at] / 2, 1), softmax(mine[at] / 2, 1)

@@ -104,6 +104,10 @@ class Reducer(nn.Module):
     """
     return ()
 
+  def shortens(self) -> bool:
+    """Whether slots leave examples that go on; else `serve` finds each where it was."""
+    return True
+
   def separates(self) -> tuple[str, ...]:
     """What may be fewer than the live slots: 'keys', where a slot may be updated and not seen; 'rows', for the reverse."""
     return ()

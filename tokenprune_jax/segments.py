@@ -34,13 +34,15 @@ class State(NamedTuple):
 class Bucket(NamedTuple):
   """The static shapes of a program: rows, and input slots of each; added ones come on top.
 
-  keys, updated: quarters of the slots that the program gathers keys and rows into; None: it gathers none.
+  keys, updated: quarters of the slots that the program gathers keys and rows into; None: it gathers none. length: N, the
+  places of what is kept by input position; 0: as many as the longest request has.
   """
 
   rows: int
   slots: int
   keys: int | None = None
   updated: int | None = None
+  length: int = 0
 
   def capacity(self, added: int) -> Capacity:
     """The quarters in slots."""
@@ -128,8 +130,9 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
     head = Head(model.config, model.labels, model.head)
     logits: Any = head.apply({'params': params['head']}, read_out(tokens, model.readout, memory), False)
     answer = answered(logits, memory)
-  elif model.readout == 'tokens':  # the host takes away the slots that are gone
-    memory = {**memory, 'board': stream.restored(memory['board'], tokens)}
+  elif model.readout == 'tokens':  # the host takes away the slots that are gone, where any are
+    board = memory['board']
+    memory = {**memory, 'board': stream.restored(board, tokens) if model.reducer.shortens() else board[:, :0]}
   inputs = tokens.x.shape[1] - tokens.added
   seen = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None]
   report = Report(
@@ -141,7 +144,7 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
     macs=sum((half_macs(model, columns) for columns in counts.values()), jnp.zeros(b)),
     overhead=sum(overheads(memory).values(), jnp.zeros(b)),
   )
-  return (None if segment.last else State(sorted_stream(tokens), memory)), report
+  return (None if segment.last else State(counted(model, tokens), memory)), report
 
 
 def half_macs(model: Classifier, columns: Mapping[str, Array]) -> Array:
@@ -150,8 +153,10 @@ def half_macs(model: Classifier, columns: Mapping[str, Array]) -> Array:
   return block + columns.get('evidence', 0.0)
 
 
-def sorted_stream(tokens: Tokens) -> Tokens:
-  """Live slots in front and the method's hints about counts forgotten: the host has counted."""
+def counted(model: Classifier, tokens: Tokens) -> Tokens:
+  """Live slots in front, where any are gone, and the method's hints about counts forgotten: the host has counted."""
+  if not model.reducer.shortens():
+    return tokens.replace(score=None, capacity=Capacity())
   if tokens.x.shape[1] > tokens.added:
     tokens, _ = stream.gather_live(tokens.replace(score=None), tokens.x.shape[1])
   return tokens.replace(score=None, moved=True, capacity=Capacity())
@@ -194,7 +199,7 @@ class Programs:
     self.segments = cut(model)
     self.leaves = flatten_dict(jax.device_put(params))
     self.used: dict[int, list[tuple[str, ...]]] = {}  # segment -> its parameters, by first use
-    self.states: dict[int, State] = {}  # shapes of a segment's results
+    self.states: dict[tuple[int, int], State] = {}  # (segment, N) -> shapes of its results
     self.ready: dict[tuple[int, Bucket], Callable] = {}
     self.by_code: dict[str, Any] = {}
     self.moves: dict[Any, Any] = {}
@@ -205,14 +210,12 @@ class Programs:
     """Programs compiled so far."""
     return len(self.by_code) + len(self.moves)
 
-  def function(self, index: int) -> Callable:
-    """`run` of a segment, with parameters as a list in the order of `used`."""
-    names = self.used[index]
+  def function(self, index: int, length: int) -> Callable:
+    """`run` of a segment, with parameters as a list in the order of `used`. length: N, 0 as in a bucket."""
+    names, places = self.used[index], length or self.length
 
     def called(leaves, given):
-      return run(
-        self.model, self.length, self.segments[index], unflatten_dict(dict(zip(names, leaves))), given
-      )
+      return run(self.model, places, self.segments[index], unflatten_dict(dict(zip(names, leaves))), given)
 
     return called
 
@@ -227,39 +230,40 @@ class Programs:
       }
       names = self.controls
       return {**batch, 'controls': {k: jax.ShapeDtypeStruct((bucket.rows,), jnp.float32) for k in names}}
-    return jax.eval_shape(functools.partial(room_for, bucket=bucket), self.result(index - 1))
+    return jax.eval_shape(functools.partial(room_for, bucket=bucket), self.result(index - 1, bucket.length))
 
-  def result(self, index: int) -> State:
-    """The shapes of a segment's State, of one row in the longest bucket."""
-    if index not in self.states:
-      given = self.shapes(index, Bucket(1, self.length))
-      function = self.named(index, given)
+  def result(self, index: int, length: int = 0) -> State:
+    """The shapes of a segment's State, of one row in the longest bucket of a length."""
+    if (index, length) not in self.states:
+      bucket = Bucket(1, length or self.length, length=length)
+      given = self.shapes(index, bucket)
+      function = self.named(index, bucket, given)
       leaves = [self.leaves[name] for name in self.used[index]]
-      self.states[index] = jax.eval_shape(function, leaves, given)[0]
-    return self.states[index]
+      self.states[index, length] = jax.eval_shape(function, leaves, given)[0]
+    return self.states[index, length]
 
   def has_inputs(self, index: int) -> bool:
     """Whether there are input slots left after a segment; else all of them are combined."""
     tokens = self.result(index).tokens
     return tokens.x.shape[1] > tokens.added
 
-  def named(self, index: int, given: Any) -> Callable:
+  def named(self, index: int, bucket: Bucket, given: Any) -> Callable:
     """`function`, once it is known which parameters the segment reads, and in which order."""
     if index not in self.used:
       names = list(self.leaves)
       leaves = [self.leaves[name] for name in names]
       self.used[index] = names
-      jaxpr = jax.make_jaxpr(self.function(index))(leaves, given).jaxpr
+      jaxpr = jax.make_jaxpr(self.function(index, bucket.length))(leaves, given).jaxpr
       place = {id(variable): i for i, variable in enumerate(jaxpr.invars[: len(names)])}
       read = [id(variable) for equation in jaxpr.eqns for variable in equation.invars]
       self.used[index] = [names[place[key]] for key in dict.fromkeys(read) if key in place]
-    return self.function(index)
+    return self.function(index, bucket.length)
 
   def program(self, index: int, bucket: Bucket) -> Callable:
     """The compiled segment of a bucket, a function of what `shapes` describes."""
     if (index, bucket) not in self.ready:
       given = self.shapes(index, bucket)
-      function = self.named(index, given)
+      function = self.named(index, bucket, given)
       leaves = [self.leaves[name] for name in self.used[index]]
       lowered = jax.jit(function).lower(leaves, given)
       code = hashlib.sha256(f'{lowered.in_tree} {lowered.out_tree} {lowered.as_text()}'.encode()).hexdigest()

@@ -51,7 +51,7 @@ class Pool:
 class Started(NamedTuple):
   """A batch that a program was started on."""
 
-  segment: int
+  place: Place
   requests: list[Request]
   state: State | None
   report: Report
@@ -82,7 +82,9 @@ class Server:
     config, controls = model.config, dict(controls or {})
     self.model, self.queue, self.ladder = model, queue, (ladder or Ladder()).settled(config.max_length)
     self.labels = tuple(labels)
-    self.words = model.reducer.needs_words()
+    self.words, self.shortens = model.reducer.needs_words(), model.reducer.shortens()
+    # What is kept of each token is kept by its place in the input: then examples share a pool with their like.
+    self.apart = model.readout == 'tokens' or not self.shortens
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
     self.waiting: collections.deque[Request] = collections.deque()
@@ -150,14 +152,13 @@ class Server:
   def precompile(self) -> int:
     """Compiles every program that a request can need; returns how many there are."""
     for index in range(len(self.programs.segments)):
-      for slots in self.lengths(index):
-        for bucket in self.variants(slots) if index else [Bucket(self.ladder.rows(slots), slots)]:
-          for rows in {1, bucket.rows}:
-            self.programs.program(index, bucket._replace(rows=rows))
-          if index and bucket.rows > 1:
-            self.alone(Pool(Place(index, bucket), self.programs.room(index, bucket), []), 0)
-        if index + 1 < len(self.programs.segments):
-          self.precompile_moves(index, slots)
+      for bucket in self.buckets(index):
+        for rows in {1, bucket.rows}:
+          self.programs.program(index, bucket._replace(rows=rows))
+        if index and bucket.rows > 1:
+          self.alone(Pool(Place(index, bucket), self.programs.room(index, bucket), []), 0)
+      if index:
+        self.precompile_moves(index)
     return len(self.programs)
 
   def close(self, cancel: bool = False) -> None:
@@ -176,31 +177,54 @@ class Server:
     self.close(cancel=error is not None)
 
   # ------------------------------------------------------------------------------------------------ Shapes
-  def lengths(self, index: int) -> tuple[int, ...]:
-    """Input slots that a segment may get; 0 alone where all were combined."""
-    return self.ladder.lengths if index == 0 or self.programs.has_inputs(index - 1) else (0,)
+  def entry(self, slots: int) -> Bucket:
+    """The full bucket of requests that need so many slots."""
+    return Bucket(self.ladder.rows(slots), slots, length=slots if self.apart else 0)
 
-  def variants(self, slots: int) -> list[Bucket]:
-    """The full buckets of a length."""
-    rows, apart = self.ladder.rows(slots), self.model.reducer.separates()
+  def buckets(self, index: int) -> list[Bucket]:
+    """All full buckets that a segment may get."""
+    entries = [self.entry(slots) for slots in self.ladder.lengths]
+    if index == 0:
+      return entries
+    return [
+      Bucket(self.ladder.rows(slots), slots, *shares, length)
+      for length in dict.fromkeys(bucket.length for bucket in entries)
+      for slots in self.left(index, length)
+      for shares in self.shares()
+    ]
+
+  def left(self, index: int, length: int) -> tuple[int, ...]:
+    """Input slots that a segment may get of examples of a length (0: of any); 0 alone where all were combined."""
+    if index and not self.programs.has_inputs(index - 1):
+      return (0,)
+    if length and (index == 0 or not self.shortens):
+      return (length,)
+    return tuple(slots for slots in self.ladder.lengths if slots <= (length or slots))
+
+  def shares(self) -> list[tuple[int | None, int | None]]:
+    """Quarters of keys and rows that may be left."""
+    apart = self.model.reducer.separates()
     keys, updated = ([None, *range(1, QUARTERS)] if name in apart else [None] for name in ('keys', 'rows'))
-    return [Bucket(rows, slots, *shares) for shares in itertools.product(keys, updated)]
+    return list(itertools.product(keys, updated))
 
-  def precompile_moves(self, index: int, slots: int) -> None:
-    """What takes rows of a segment's results to the pools of the next one."""
-    for rows in {1, self.ladder.rows(slots)}:
-      source = self.programs.room(index + 1, Bucket(rows, slots if self.programs.has_inputs(index) else 0))
-      for target in self.lengths(index + 1):
-        for bucket in self.variants(target) if target <= slots else ():
-          self.programs.move(self.programs.room(index + 1, bucket), source, np.zeros(bucket.rows, np.int32))
+  def precompile_moves(self, index: int) -> None:
+    """What takes rows of the results before a segment to its pools."""
+    for target in self.buckets(index):
+      for slots in self.left(index - 1, target.length):
+        before = slots if self.programs.has_inputs(index - 1) else 0
+        if target.slots <= before:
+          for rows in {1, self.ladder.rows(slots)}:
+            source = self.programs.room(index, Bucket(rows, before, length=target.length))
+            self.programs.move(self.programs.room(index, target), source, np.zeros(target.rows, np.int32))
 
-  def bucket(self, index: int, report: Report, row: int) -> Bucket:
-    """Where a row goes after segment `index`."""
+  def bucket(self, place: Place, report: Report, row: int) -> Bucket:
+    """Where a row goes after the segment that ran at `place`."""
+    index, length = place.segment, place.bucket.length
     slots = self.ladder.slots(max(int(report.live[row]), 1)) if self.programs.has_inputs(index) else 0
     total, apart = slots + self.programs.result(index).tokens.added, self.model.reducer.separates()
     keys = quarter(int(report.widest[row]), total) if 'keys' in apart else None
     updated = quarter(int(report.updated[row]), total) if 'rows' in apart else None
-    return Bucket(self.ladder.rows(slots), slots, keys, updated)
+    return Bucket(self.ladder.rows(slots), slots, keys, updated, length)
 
   # ------------------------------------------------------------------------------------------------ The loop
   def loop(self) -> None:
@@ -264,7 +288,7 @@ class Server:
   def begin(self, requests: list[Request]) -> None:
     """Starts the first segment."""
     slots = self.ladder.slots(max(len(request.ids) for request in requests))
-    bucket = Bucket(self.ladder.rows(slots), slots)
+    bucket = self.entry(slots)
     if crowded(len(requests), bucket.rows):
       self.start(Place(0, bucket), self.batch(requests, bucket), requests)
       return
@@ -305,7 +329,7 @@ class Server:
     """Starts a segment on a batch."""
     try:
       state, report = self.programs.program(*place)(given)
-      self.started.append(Started(place.segment, requests, state, report))
+      self.started.append(Started(place, requests, state, report))
     except Exception as error:  # noqa: BLE001 (these requests are lost and told so, the server is not)
       fail(requests, error)
 
@@ -313,7 +337,7 @@ class Server:
     """Reads what a segment found: finished examples are answered, the others go into the pools of the next one."""
     try:
       report = jax.device_get(batch.report)
-      segment = self.programs.segments[batch.segment]
+      segment = self.programs.segments[batch.place.segment]
       blocks = sum(half.attention for half in segment.halves)
       going: dict[Bucket, list[int]] = {}
       for row, request in enumerate(batch.requests):
@@ -322,9 +346,9 @@ class Server:
         if segment.last or report.exited[row]:
           self.answer(request, report, row)
         else:
-          going.setdefault(self.bucket(batch.segment, report, row), []).append(row)
+          going.setdefault(self.bucket(batch.place, report, row), []).append(row)
       for bucket, rows in going.items():
-        self.pour(Place(batch.segment + 1, bucket), batch, rows)
+        self.pour(Place(batch.place.segment + 1, bucket), batch, rows)
     except Exception as error:  # noqa: BLE001
       fail(batch.requests, error)
 

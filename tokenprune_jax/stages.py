@@ -3,6 +3,7 @@
 A method brings its own in `reducers/NAME.py`, beside its module, as plain values:
 
   OBJECTIVES = {'soft': soft, …}      soft(apply, params, batch, rng, teacher) -> (loss, {name: scalar})
+  TAUGHT = ('soft', …)                those of them that need a teacher
   def finish(fields, validation)      -> {field: value}: calibrated capacities, …, for later stages and for use
   def at_budget(fields, target, validation)  -> {field: value}: settings at which it costs `target`, a share of dense's
                                                 multiply-adds; raises UserError where none is that cheap
@@ -13,7 +14,8 @@ A method brings its own in `reducers/NAME.py`, beside its module, as plain value
 fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass
 (`models.Output`), with dropout and noise where rng is not None; an objective may call it several times.
 `teacher(batch)` is the forward pass of the stage's teacher, without gradient; None without a teacher. Losses
-and metrics are means over the batch's rows by `batch['weight']`.
+and metrics are means over the batch's rows by `batch['weight']`. `default` (the task's loss) and `distil` (half of it, half a
+teacher's answers) are there for every method.
 """
 
 import importlib
@@ -29,7 +31,7 @@ from tokenprune_jax import reducers
 from tokenprune_jax.encoder import Trace
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, Output
-from tokenprune_jax.tasks import Task
+from tokenprune_jax.tasks import Task, label_weight, softened, weighted_mean
 
 Apply = Callable[..., Output]  # (params, batch, rng=None)
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (apply, params, batch, rng, teacher)
@@ -105,20 +107,39 @@ def default_objective(task: Task) -> Objective:
   return objective
 
 
+def distillation(task: Task) -> Objective:
+  """Half the teacher's softened answers, half the labels, plus what the method adds; for every method."""
+
+  def distil(apply, params, batch, rng, teacher):
+    output = apply(params, batch, rng)
+    soft = weighted_mean(softened(teacher(batch).logits, output.logits), label_weight(batch))
+    loss = task.loss(output.logits, batch)
+    said = {'task_loss': loss, 'distil_loss': soft, 'reducer_loss': output.loss}
+    return 0.5 * (soft + loss) + output.loss, said
+
+  return distil
+
+
 def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task) -> Objective:
-  """The stage's objective: the default one, or one that a reducer of `spec` brings. Raises UserError."""
+  """The stage's objective: the default one, distillation, or one that a reducer of `spec` brings. Raises UserError."""
   if stage['objective'] == 'default':
     if stage['teacher']:
       raise UserError(
         f'stage {stage["name"]!r} names a teacher, but its objective is the default one, without any.'
       )
     return default_objective(task)
-  brought: dict[str, Objective] = {}
+  brought, taught = {'distil': distillation(task)}, {'distil'}
   for name in names(spec):
     brought |= getattr(module(name), 'OBJECTIVES', {})
+    taught |= set(getattr(module(name), 'TAUGHT', ()))
   if stage['objective'] not in brought:
     known = ', '.join(['default', *brought])
     raise UserError(f"stage {stage['name']!r}: objective is '{stage['objective']}'; there is: {known}.")
+  if stage['objective'] in taught and not stage['teacher']:
+    raise UserError(
+      f"stage {stage['name']!r}: the objective '{stage['objective']}' needs a teacher: name in the stage's `teacher` an "
+      'earlier stage, or the workdir of a finished run, whose answers it is to learn from.'
+    )
   return brought[stage['objective']]
 
 

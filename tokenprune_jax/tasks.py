@@ -13,6 +13,8 @@ from tokenprune_jax import decoding, metrics
 from tokenprune_jax.data import Words
 from tokenprune_jax.errors import UserError
 
+TEMPERATURE = 2.0  # that a teacher's answers are softened by
+
 
 class Task(NamedTuple):
   """`loss(logits [b c], batch) -> scalar`, jittable; `scores(logits [N c], labels [N], words) -> {name: value}`.
@@ -37,6 +39,13 @@ def divergence(from_logits: Float[Array, '*#b c'], to_logits: Float[Array, '*#b 
   """KL(from || to) of the softmax."""
   ours, theirs = jax.nn.log_softmax(from_logits), jax.nn.log_softmax(to_logits)
   return (jnp.exp(ours) * (ours - theirs)).sum(-1)
+
+
+def softened(
+  teacher: Float[Array, '*b c'], student: Float[Array, '*b c'], temperature: float = TEMPERATURE
+) -> Float[Array, '*b']:
+  """T^2 KL(teacher || student) of softened logits: its gradient does not shrink with T (DistilBERT; arXiv 1910.01108)."""
+  return temperature**2 * divergence(teacher / temperature, student / temperature)
 
 
 def weighted_mean(

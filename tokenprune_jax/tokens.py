@@ -236,8 +236,11 @@ def take(tokens: Tokens, index: Int[Array, 'b k'], kept: Bool[Array, 'b n']) -> 
   )
 
 
-def restored(board: Float[Array, 'b N d'], tokens: Tokens) -> Float[Array, 'b N d']:
-  """The board with the state of every slot that stands for an input token written to that token's place."""
+def restored(board: Float[Array, 'b _ d'], tokens: Tokens) -> Float[Array, 'b N d']:
+  """The board [b N d] with the state of every slot that stands for an input token written to that token's place.
+
+  Where every slot is still in its place the board is not read, and may be empty.
+  """
   inputs = tokens.x.shape[1] - tokens.added
   if not tokens.moved and inputs == tokens.length:
     return tokens.x[:, :inputs]

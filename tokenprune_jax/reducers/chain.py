@@ -41,6 +41,9 @@ class Method(Reducer):
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(sorted({half for reducer in self.reducers for half in reducer.decides(depth)}))
 
+  def shortens(self) -> bool:
+    return any(reducer.shortens() for reducer in self.reducers)
+
   def separates(self) -> tuple[str, ...]:
     return tuple(sorted({name for reducer in self.reducers for name in reducer.separates()}))
 

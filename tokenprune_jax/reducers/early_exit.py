@@ -217,6 +217,9 @@ class Method(Reducer):
   def readouts(self) -> tuple[str, ...]:
     return ('cls', 'mean')
 
+  def shortens(self) -> bool:
+    return False
+
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, False) for l in self.layers if l < depth)
 

@@ -88,10 +88,6 @@ def tags_joint(apply, params, batch, rng, teacher):
 
 def tags_sampled(apply, params, batch, rng, teacher):
   """Words halt where the teacher would have let them exit, under settings drawn for each example."""
-  if teacher is None:
-    raise UserError(
-      "the objective 'tags_sampled' needs a teacher: the stage that was trained by 'tags_joint'."
-    )
   own, sampling = jax.random.split(rng)
   old = teacher({**batch, 'controls': {'exit_layers': jnp.full(batch['ids'].shape, NEVER)}})
   if old.exits is None:
@@ -125,6 +121,7 @@ def sampled_exits(key: Array, doubt: Float[Array, 'l b w'], valid: Bool[Array, '
 
 
 OBJECTIVES = {'tags_joint': tags_joint, 'tags_sampled': tags_sampled}
+TAUGHT = ('tags_sampled',)
 
 
 # ------------------------------------------------------------------------------------------------ Calibration
@@ -208,6 +205,9 @@ class Method(Reducer):
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, False) for l in self.layers)
+
+  def shortens(self) -> bool:
+    return False
 
   def separates(self) -> tuple[str, ...]:
     return ('rows',) if self.level == 'token' else ()
