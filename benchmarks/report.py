@@ -23,8 +23,15 @@ COLOURS = {
   'dense': '#333840', 'p': '#b8860b', 'pf': '#4477aa', 'pf_complement': '#66ccee', 'c_late': '#aa3377',
   'pfc_late': '#228833', 'pfc_early': '#ee6677',
 }  # fmt: skip
-PALETTE = ('#4477aa', '#ee6677', '#228833', '#b8860b', '#66ccee', '#aa3377', '#333840', '#9aa0aa')
+PALETTE = ('#4477aa', '#ee6677', '#228833', '#b8860b', '#66ccee', '#aa3377', '#333840', '#9aa0aa',
+           '#332288', '#44aa99', '#e07b39', '#882255', '#999933', '#7a5c3e', '#b9a0dc', '#c0d070')  # fmt: skip
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
+
+
+def look(place: int) -> dict[str, str]:
+  """Colour and marker of the line at a place of a plot, no two alike among the first 128."""
+  turn, colour = divmod(place, len(PALETTE))
+  return {'color': PALETTE[colour], 'marker': MARKERS[(colour + turn) % len(MARKERS)]}
 
 
 # ------------------------------------------------------------------------------------------------------- JSON

@@ -217,9 +217,8 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, lab
       scores = [report.mean_std([point['metrics']['f1'] for point in found]) for _, found in spots]
       axes.errorbar(
         [x for x, _ in spots], [100 * score['mean'] for score in scores],
-        yerr=[100 * (score['std'] or 0) for score in scores], fmt=f'{report.MARKERS[place % len(report.MARKERS)]}-',
-        color=report.PALETTE[place % len(report.PALETTE)], elinewidth=0.9, capsize=2, markersize=5, linewidth=1.4,
-        label=curve.title,
+        yerr=[100 * (score['std'] or 0) for score in scores], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
+        linewidth=1.4, label=curve.title, **report.look(place),
       )  # fmt: skip
   if dense := seeds_of(points, 'dense', None):
     report.level(axes, 100 * float(np.mean([point['metrics']['f1'] for point in dense])))

@@ -11,7 +11,6 @@ from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, PAPERS, UNTRAINE
 from tokenprune_jax import metrics
 
 NOT_RUN = 'Not run yet.\n'
-COLOURS = {name: report.PALETTE[place % len(report.PALETTE)] for place, name in enumerate(METHODS)}
 
 
 def of(
@@ -198,9 +197,8 @@ def plot(
     )
     if spots:
       x, mean, low, high = (np.array(column) for column in zip(*spots))
-      marker = report.MARKERS[place % len(report.MARKERS)]
-      axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], fmt=f'{marker}-', color=COLOURS[name],
-                    elinewidth=0.9, capsize=2, markersize=5, linewidth=1.4, label=method.title)  # fmt: skip
+      axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
+                    linewidth=1.4, label=method.title, **report.look(place))  # fmt: skip
   report.level(axes, level)
   report.legend(axes)
   report.titled(axes, title, label, 'Test accuracy in %')

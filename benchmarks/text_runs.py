@@ -51,6 +51,8 @@ METHODS = {
   'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5'), 'serve'),
   'power': Method('PoWER-BERT', 'power', BUDGET),
   'topk': Method('top-k', 'topk'),
+  'topk_distil': Method('top-k, distilled', 'topk+distil'),
+  'ltp_distil': Method('LTP, distilled', 'ltp+distil', BUDGET, 'serve'),
   'topk_cls': Method('top-k by [CLS]', 'topk', ('reducer.score=cls',)),
   'topk_random': Method('top-k at random', 'topk', ('reducer.score=random',)),
   'topk_cumulative': Method('top-k, cumulative', 'topk', ('reducer.score=cumulative',)),
@@ -98,6 +100,8 @@ PLANS = {
     ('topk', 'ltp', 'power', 'sttabt'),
     (
       'dense_more',
+      'topk_distil',
+      'ltp_distil',
       'topk_cls',
       'topk_random',
       'topk_cumulative',

@@ -174,6 +174,21 @@ def test_a_reader_that_stops_early_leaves_the_server_free(pyramid):
   assert not server.waiting
 
 
+def test_those_without_company_are_not_overtaken_for_ever(pyramid, monkeypatch):
+  server, _, _ = pyramid
+  monkeypatch.setattr(serve, 'PATIENCE', 5)
+  monkeypatch.setattr(server, 'queue', 500)
+  admit, gate, order = server.admit, threading.Event(), []
+  monkeypatch.setattr(server, 'admit', lambda whole: admit(whole) if gate.is_set() else [])
+  lengths = [3] * 16 + [15] + [4] * 400  # one long request among those that always fill a batch
+  for number, length in enumerate(lengths):
+    future = server.submit(np.arange(5, 5 + length), {'exit_threshold': 0.0})
+    future.add_done_callback(lambda _, number=number: order.append(number))
+  gate.set()
+  future.result(60)
+  assert order.index(16) < 200
+
+
 def test_a_program_that_fails_fails_its_batch_alone(pyramid, monkeypatch):
   server, _, _ = pyramid
   program = server.programs.program

@@ -1,10 +1,11 @@
 """The config check: what is wrong is named, what is left out gets its default."""
 
 import json
+import pathlib
 
 import pytest
 
-from tokenprune_jax import settings
+from tokenprune_jax import settings, workdir
 from tokenprune_jax.errors import UserError
 
 
@@ -76,6 +77,27 @@ def test_a_config_of_an_earlier_version_gets_the_defaults_of_new_keys():
   assert settings.differences(settings.filled_in(older), config) == {}
   older['sead'] = 1
   assert 'sead' in settings.differences(settings.filled_in(older), config)
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_its_method_has_gained_a_field():
+  member = {'name': 'fuzzy', 'ratio': 0.8}
+  config = settings.check(
+    {'reducer': {'name': 'chain', 'reducers': ({**member, 'seed': 0, 'capacities': ()}, {'name': 'combine'})}}
+  )
+  older = json.loads(json.dumps(config))
+  older['reducer']['reducers'][0] = member
+  del older['eval']
+  place = pathlib.Path('config.json')
+  workdir.refuse_differences(place, older, config)
+  member['seed'] = 1
+  with pytest.raises(UserError, match=r'config\.reducer\.reducers\[0\]\.seed was 1 and is now 0\. Choose'):
+    workdir.refuse_differences(place, older, config)
+  older['reducer'] = {
+    'name': 'gone',
+    'ratio': 0.5,
+  }  # a method that there is no more: all differences are told
+  with pytest.raises(UserError, match="config.reducer.name was 'gone' and is now 'chain'"):
+    workdir.refuse_differences(place, older, config)
 
 
 def test_differences_name_nested_keys():

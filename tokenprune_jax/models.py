@@ -47,6 +47,15 @@ def make_reducer(spec: Mapping) -> Reducer:
   return method(**{key: _value(name, key, value, known[key].default) for key, value in fields.items()})
 
 
+def whole_spec(spec: Mapping) -> dict:
+  """A reducer's spec with the settings that it leaves at their defaults. Raises UserError as `make_reducer` does."""
+  reducer = make_reducer(spec)
+  fields = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer)}
+  members = [whole_spec(member) for member in spec.get('reducers', ())]
+  own = {key: value for key, value in fields.items() if key not in ('parent', 'name', 'reducers')}
+  return {'name': spec['name'], **own, **({'reducers': members} if members else {})}
+
+
 def _guess(name, choices: list[str]) -> str:
   near = difflib.get_close_matches(str(name), choices, n=1)
   return f'are {", ".join(choices) or "none"}' + (f' (did you mean {near[0]!r}?)' if near else '')

@@ -38,6 +38,7 @@ class Request:
   controls: Mapping[str, float]
   truncated: int
   future: concurrent.futures.Future
+  since: int = 0  # batches that the server had started when it came
   macs: float = 0.0
   layers: int = 0
 

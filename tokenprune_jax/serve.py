@@ -30,6 +30,7 @@ from tokenprune_jax.segments import Bucket, Programs, Report, State
 
 STARTED = 2  # batches whose results were not read yet: the host works while the device does
 HELD = 32  # full batches that pools may hold before new requests have to wait
+PATIENCE = 1000  # batches that may start before those that wait for company go without
 
 
 class Place(NamedTuple):
@@ -41,11 +42,12 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass
 class Pool:
-  """Rows that wait for one program."""
+  """Rows that wait for one program, since so many batches were started."""
 
   place: Place
   state: Any
   requests: list[Request]
+  since: int = 0
 
 
 class Started(NamedTuple):
@@ -88,9 +90,10 @@ class Server:
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
     self.waiting: collections.deque[Request] = collections.deque()
-    self.pools: dict[Place, Pool] = {}  # none of them full
+    self.pools: dict[Place, Pool] = {}  # none of them full; the oldest first
     self.full: list[Pool] = []
     self.started: collections.deque[Started] = collections.deque()
+    self.batches = 0  # started so far
     self.changed = threading.Condition()  # guards `waiting` and `closed`; the rest is the thread's own
     self.closed = False
     self.thread = threading.Thread(target=self.loop, name='serve', daemon=True)
@@ -106,6 +109,7 @@ class Server:
     and for a closed server.
     """
     made = self.reader.read(request, controls or {})
+    made.since = self.batches
     with self.changed:
       if wait:
         self.changed.wait_for(lambda: self.closed or len(self.waiting) < self.queue)
@@ -241,14 +245,18 @@ class Server:
   def work(self) -> None:
     """The loop."""
     while True:
+      oldest = next(iter(self.pools.values()), None)
+      if oldest is not None and self.batches - oldest.since > PATIENCE:
+        self.full.append(self.pools.pop(oldest.place))
       with self.changed:
         self.changed.wait_for(lambda: self.closed or self.waiting or self.busy())
         if not (self.waiting or self.busy()):
           return
         held = sum(len(pool.requests) / pool.place.bucket.rows for pool in self.pools.values())
-        admitted = [] if self.full or held > HELD else self.admit(whole=True)
-        if not (self.full or admitted or self.started):  # nothing fills a batch, and nothing runs that might
-          admitted = [] if held > HELD else self.admit(whole=False)
+        patient = not self.waiting or self.batches - self.waiting[0].since <= PATIENCE
+        admitted = [] if self.full or held > HELD else self.admit(whole=patient)
+        if not (admitted or self.busy()):  # who is on the way goes before new ones that fill no batch
+          admitted = self.admit(whole=False)
       if self.full:
         self.full.sort(key=lambda pool: pool.place.segment)
         self.run(self.full.pop())
@@ -267,18 +275,19 @@ class Server:
     return bool(self.started or self.full or self.pools)
 
   def admit(self, whole: bool) -> list[Request]:
-    """Takes waiting requests of one bucket, the oldest first: a whole batch, or what there is of the oldest one's."""
+    """Takes waiting requests of one bucket. whole: the first batch that is full, or none; else the oldest and its like."""
     groups: dict[int, list[Request]] = {}
     chosen: list[Request] = []
     for request in self.waiting:
       slots = self.ladder.slots(len(request.ids))
       group = groups.setdefault(slots, [])
-      group.append(request)
-      if len(group) == self.ladder.rows(slots):
+      if len(group) < self.ladder.rows(slots):
+        group.append(request)
+      if whole and len(group) == self.ladder.rows(slots):
         chosen = group
         break
-    if not chosen and groups and not whole:
-      chosen = next(iter(groups.values()))
+    if not whole:
+      chosen = next(iter(groups.values()), [])
     taken = set(map(id, chosen))
     if taken:
       self.waiting = collections.deque(request for request in self.waiting if id(request) not in taken)
@@ -328,6 +337,7 @@ class Server:
   def start(self, place: Place, given: Any, requests: list[Request]) -> None:
     """Starts a segment on a batch."""
     try:
+      self.batches += 1
       state, report = self.programs.program(*place)(given)
       self.started.append(Started(place, requests, state, report))
     except Exception as error:  # noqa: BLE001 (these requests are lost and told so, the server is not)
@@ -356,7 +366,7 @@ class Server:
     """Rows of a batch into the pool of their place."""
     assert batch.state is not None  # only the last segment has none
     while rows:
-      pool = self.pools.pop(place, None) or Pool(place, self.programs.room(*place), [])
+      pool = self.pools.get(place) or Pool(place, self.programs.room(*place), [], self.batches)
       room = place.bucket.rows - len(pool.requests)
       which = np.full(place.bucket.rows, -1, np.int32)
       which[len(pool.requests) :][: len(rows)] = rows[:room]
@@ -364,6 +374,7 @@ class Server:
       pool.requests += [batch.requests[row] for row in rows[:room]]
       rows = rows[room:]
       if len(pool.requests) == place.bucket.rows:
+        self.pools.pop(place, None)
         self.full.append(pool)
       else:
         self.pools[place] = pool

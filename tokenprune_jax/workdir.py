@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from tokenprune_jax import settings
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import whole_spec
 
 # What storage does to a run that began well, wherever it writes.
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -101,18 +102,29 @@ def settle_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
   earlier = read_json(path)
   learned = any(folder.glob('checkpoints/*/*')) or any(folder.glob('stages/*'))
   if earlier is not None and learned:
-    earlier = settings.filled_in(earlier)
     refuse_differences(path, earlier, config)
+    earlier = settings.filled_in(earlier)
     if any(key.startswith('eval.') for key in settings.differences(earlier, config)):
       (folder / 'result.json').unlink(missing_ok=True)
   write_json(path, config)
 
 
+def whole(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """A config with all that it leaves at its default, as far as its keys and its method are known."""
+  config = settings.filled_in(config)
+  with contextlib.suppress(UserError, KeyError):
+    return {**config, 'reducer': whole_spec(config['reducer'])}
+  return config
+
+
 def refuse_differences(path: pathlib.Path, earlier: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-  """Raises UserError naming the keys in which `config` differs from the one kept in `path`."""
+  """Raises UserError naming the keys in which `config` differs from the one kept in `path`.
+
+  Keys and fields of reducers that an earlier version did not know had their defaults.
+  """
   changed = {
     key: values
-    for key, values in settings.differences(earlier, config).items()
+    for key, values in settings.differences(whole(earlier), whole(config)).items()
     if not settings.is_harmless(key)
   }
   if changed:
