@@ -373,6 +373,31 @@ def plot_savings(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any
   drawing.savefig(path)
 
 
+def plot_lengths(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Times as fast as dense against length, of rows of one batch size: a line a method; below 1 it does not pay."""
+  drawing, axes = figure()
+  rows = sorted((row for row in rows if not row['method'].startswith('dense')), key=lambda row: row['length'])
+  ends = []
+  for place, method in enumerate(dict.fromkeys(row['method'] for row in rows)):
+    mine = [row for row in rows if row['method'] == method]
+    ends.append((mine[-1]['time_ratio'], place, mine))
+  for _, place, mine in sorted(ends, key=lambda end: -end[0]):  # named in the order in which they end
+    label = f'{mine[-1]["method"]} ({mine[-1]["mac_ratio"]:.2f} of the MACs)'
+    x, y = [row['length'] for row in mine], [row['time_ratio'] for row in mine]
+    axes.plot(x, y, linewidth=1.4, markersize=6, label=label, **look(place))
+  axes.set_xscale('log', base=2)
+  axes.set_yscale('log', base=2)
+  for axis, values in (
+    (axes.xaxis, [row['length'] for row in rows]),
+    (axes.yaxis, (0.5, 0.7, 1, 1.4, 2, 4, 8)),
+  ):
+    axis.set_ticks(sorted(set(values)), [f'{value:g}' for value in sorted(set(values))])
+  axes.axhline(1, color='#333840', linewidth=1, linestyle=(0, (4, 3)))
+  legend(axes)
+  titled(axes, title, 'Tokens', 'Times as fast as the fastest dense')
+  drawing.savefig(path)
+
+
 def render(name: str, study: Study, folder: pathlib.Path) -> None:
   """NAME.md and the plots from NAME.json in `folder`."""
   document = read(folder / f'{name}.json')

@@ -309,10 +309,11 @@ def main() -> None:
     rows += [{**row, 'commit': header['commit']} for row in cell(options, batch, length, dtype)]
     workdir.write_json(path, {**header, 'rows': rows})  # what was measured is kept
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}{break_even(rows)}\n{report.origin(header)}')
-  title = f'Speed on full rows, {options.model}'
-  report.plot_savings(
-    path.with_suffix('.png'), title, rows, lambda row: f'{row["batch"]} x {row["length"]} {row["dtype"]}'
-  )
+  title, plot = f'Speed on full rows, {options.model}', path.with_suffix('.png')
+  if len(options.length) > 2 and len(options.batch) == len(options.dtype) == 1:
+    report.plot_lengths(plot, f'{title}, batch of {options.batch[0]}', rows)
+  else:
+    report.plot_savings(plot, title, rows, lambda row: f'{row["batch"]} x {row["length"]} {row["dtype"]}')
 
 
 if __name__ == '__main__':

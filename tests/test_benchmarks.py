@@ -67,6 +67,14 @@ def test_a_method_is_set_to_the_budget_it_is_timed_at():
   assert spec != given and macs == pytest.approx(0.4, abs=0.03)
 
 
+def test_speeds_are_drawn_by_length(tmp_path):
+  rows = [
+    point(name, 1, n, ratio) for name in ('dense_whole', 'a', 'b') for n, ratio in ((64, 1.2), (16, 0.9))
+  ]
+  report.plot_lengths(tmp_path / 'plot.png', 'A title', rows)
+  assert 10_000 < (tmp_path / 'plot.png').stat().st_size < 300_000
+
+
 def test_break_even_is_the_length_from_which_on_a_method_stays_faster():
   rows = [point('a', 1, n, ratio) for n, ratio in ((16, 1.2), (32, 0.9), (64, 1.1), (128, 1.4))]
   rows += [point('b', 1, n, 0.8) for n in (16, 32)] + [point('dense_whole', 1, 16, 1.0), point('c', 8, 16, 2)]
