@@ -4,7 +4,8 @@
                                   [--out=results/headline.json]
 
 Fine-tuned MiniLM-L6 (seed 0), float32, documents at their real lengths up to the 512 tokens that the model reads.
-Curves: top-k (trained at one schedule, other schedules as settings at inference) and combining (one run a layer). The
+Curves: top-k (trained at two schedules, others as settings of the nearer one) and combining (one run a layer), each
+starting from the dense run and learning half from its answers (configs/prune.py:topk+distil). The
 setting of the headline is the fastest one within half a point of dense on the whole validation split, none of which any
 run was trained on; the test split only reports. Dense is the fastest of five ways to run it, torch the faster of two, timed
 beside that dense. Goes on with the same command after any stop; makes the runs it needs. `--no_timing` computes the
@@ -34,7 +35,15 @@ from tokenprune_jax import ladder, metrics, timing, workdir
 
 LONGEST = 512  # tokens that the model reads
 ALLOWED_LOSS = 0.005  # on the validation split
-ENDS = ((1.0, 0.4), (0.95, 0.2), (0.95, 0.05), (0.8, 0.05), (0.65, 0.02), (0.5, 0.02))  # of top-k's shares
+HALF, THIRD = (
+  (0.95, 0.05),
+  (0.65, 0.02),
+)  # ends of the shares that top-k is trained with, about that part of the cost
+ENDS = {(1.0, 0.4): HALF, (0.95, 0.2): HALF, HALF: HALF, (0.8, 0.05): THIRD, THIRD: THIRD, (0.5, 0.02): THIRD}
+LAYERS = {5: 'c_late', 4: 'c_early', 3: 'c_third'}  # that combining replaces, and its runs
+RECIPE = {
+  'bbc': ('optimizer.learning_rate=1e-4', 'stages[0].epochs=3')
+}  # as configs/bbc_fuzzy.py; else those of IMDB
 COLOURS = {'dense': '#333840', 'topk': '#4477aa', 'combine': '#ee6677'}
 
 
@@ -47,16 +56,32 @@ class Setting(NamedTuple):
   spec: dict[str, Any]
 
 
-def settings(dataset: str, depth: int = 6) -> Iterator[Setting]:
+def shares_of(ends: tuple[float, float], depth: int) -> tuple[float, ...]:
+  """The shares that stay after each layer, evenly spaced."""
+  return tuple(np.round(np.linspace(*ends, depth), 3).tolist())
+
+
+def settings(dataset: str, runs: str = 'runs', depth: int = 6) -> Iterator[Setting]:
   """Dense, then the points of both curves."""
-  yield Setting('dense', 'dense', Row(dataset, 'dense', 'dense', 0), {'name': 'none'})
-  topk = Row(dataset, 'topk_half', 'half', 0, config=f'configs/{dataset}_topk.py')
-  for first, last in ENDS:
-    shares = tuple(np.round(np.linspace(first, last, depth), 3).tolist())
-    yield Setting('topk', f'top-k, {first:.0%} to {last:.0%}', topk, {'name': 'topk', 'shares': shares})
-  for layer, name in ((5, 'pfc_late'), (4, 'pfc_early'), (3, 'c_third')):
-    overrides = ('reducer.layer=3',) if name == 'c_third' else ()
-    row = Row(dataset, name, 'c_early' if overrides else name, 0, overrides)
+  dense = Row(dataset, 'dense', 'dense', 0)
+  teacher = accuracy.workdir_of(dense, runs)
+
+  def distilled(name: str, recipe: str, override: str) -> Row:
+    overrides = (override, *RECIPE.get(dataset, ()))
+    return Row(
+      dataset, f'{name}_distil', f'{recipe}+distil,{teacher}', 0, overrides, 'configs/prune.py', timed=False
+    )
+
+  yield Setting('dense', 'dense', dense, {'name': 'none'})
+  topk = {
+    HALF: distilled('topk_half', 'topk', f'reducer.shares={shares_of(HALF, depth)}'),
+    THIRD: distilled('topk_third', 'topk', f'reducer.shares={shares_of(THIRD, depth)}'),
+  }
+  for ends, nearest in ENDS.items():
+    name = f'top-k, {ends[0]:.0%} to {ends[1]:.0%}'
+    yield Setting('topk', name, topk[nearest], {'name': 'topk', 'shares': shares_of(ends, depth)})
+  for layer, name in LAYERS.items():
+    row = distilled(name, 'c_early', f'reducer.layer={layer}')
     yield Setting(
       'combine', f'combining at layer {layer}', row, {'name': 'combine', 'slots': 8, 'layer': layer}
     )
@@ -73,10 +98,7 @@ def trained(setting: Setting, runs: str) -> tuple[Trained, Any]:
     if not made['metrics']:
       raise SystemExit(f'error: {setting.row.name} on {setting.row.dataset}: {made["reason"]}')
   run = Trained(folder, max_length=LONGEST, buckets=ladder.LENGTHS, valid_limit=0)
-  params = run.params
-  if setting.method == 'combine' and run.exported.reducer_spec['name'] == 'chain':  # without the pruning
-    params = {**params, 'reducer': params['reducer']['reducers_1']}
-  return run, params
+  return run, run.params
 
 
 def scored(setting: Setting, run: Trained, params: Any) -> dict[str, Any]:
@@ -122,7 +144,7 @@ def torch_ways(rows: Sequence[np.ndarray], batches: Sequence[dict], shape: Any) 
 
 def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """The rows of a dataset with what they take on `--documents` test documents, each in turns with dense and torch."""
-  points = {point.name: point for point in settings(dataset)}
+  points = {point.name: point for point in settings(dataset, options.runs)}
   run, params = trained(points['dense'], options.runs)
   dense, test = run.model(points['dense'].spec), run.splits['test']
   order = np.random.default_rng(0).permutation(len(test))[: options.documents]
@@ -263,7 +285,7 @@ def main() -> None:
   header = report.header(shlex.join(['python', 'benchmarks/headline.py', *sys.argv[1:]]))
   known = {(row['dataset'], row['name']): row for row in report.read(path)['rows']}
   for dataset in options.datasets:
-    for setting in settings(dataset):
+    for setting in settings(dataset, options.runs):
       row = known.get((dataset, setting.name))
       if row is None:
         row = scored(setting, *trained(setting, options.runs))
@@ -272,7 +294,9 @@ def main() -> None:
       known[dataset, setting.name] = row
       workdir.write_json(path, {**header, 'rows': list(known.values())})
   for dataset in () if options.no_timing else options.datasets:
-    for row in timed(options, dataset, [known[dataset, setting.name] for setting in settings(dataset)]):
+    for row in timed(
+      options, dataset, [known[dataset, setting.name] for setting in settings(dataset, options.runs)]
+    ):
       known[dataset, row['name']] = row
     save(path, {**header, 'rows': list(known.values())})  # what was measured is kept
   save(path, {**header, 'rows': list(known.values())})

@@ -2,12 +2,13 @@
 
     python main.py --config=configs/prune.py:ltp,runs/dense --workdir=runs/ltp --config.reducer.target_macs=0.4
 
-After the colon: a method (dense: trained on as long as most of them; pf, pfc_late, pfc_early, ltp, power, sttabt, abt:
-back-tracking without thresholds, topk, cascade, spatten, manual, exits, pyramid, student, student_third; of a dense tagger
-also tokee, sentee), the workdir of a finished dense run and, where there is one, that of a run which the method's first
-stage need not repeat: for sttabt and abt one with a trained ApproxNet (`imdb_sttabt.py:approx`), for tokee one of sentee. A
-method's recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
-`topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from labels alone.
+After the colon: a method (dense: trained on as long as most of them; pf, c_late, c_early, pfc_late, pfc_early, ltp, power,
+sttabt, abt: back-tracking without thresholds, topk, cascade, spatten, manual, exits, pyramid, student, student_third; of a
+dense tagger also tokee, sentee), the workdir of a finished dense run and, where there is one, that of a run which the
+method's first stage need not repeat: for sttabt and abt one with a trained ApproxNet (`imdb_sttabt.py:approx`), for tokee
+one of sentee. A method's recipe is that of its own config without the fine-tune at the beginning, so that one dense run
+serves them all. `topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from
+labels alone.
 """
 
 import json
@@ -31,6 +32,8 @@ from tokenprune_jax.errors import UserError
 RECIPES = {
   'dense': (imdb_fuzzy, 'dense'),
   'pf': (imdb_fuzzy, 'pf'),
+  'c_late': (imdb_fuzzy, 'c_late'),
+  'c_early': (imdb_fuzzy, 'c_early'),
   'pfc_late': (imdb_fuzzy, 'pfc_late'),
   'pfc_early': (imdb_fuzzy, 'pfc_early'),
   'ltp': (imdb_ltp, 'budget'),
