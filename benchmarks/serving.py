@@ -130,6 +130,12 @@ def dense_ways(
   return {**found, 'dense_served': lambda: timing.Served(model, params, rows)}
 
 
+def made(spec: dict[str, Any], weights: Any) -> tuple[Classifier, Any]:
+  """(a classifier of that method, parameters): a pretrained encoder, and what belongs to the method at random."""
+  model = speed.made(spec, weights.config)
+  return model, jax.device_put({**speed.random_params(model), 'encoder': weights.params['encoder']})
+
+
 def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   """The rows of one dataset."""
   weights = pretrained.load(
@@ -141,13 +147,9 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
   macs: dict[str, float] = {}
 
-  def made(spec: dict[str, Any]) -> tuple[Classifier, Any]:
-    model = speed.made(spec, weights.config)
-    return model, jax.device_put({**speed.random_params(model), 'encoder': weights.params['encoder']})
-
   def program(name: str) -> timing.Forward | timing.Served:
     given, executor = wanted[name]
-    _, params = made(given)
+    _, params = made(given, weights)
     spec, _ = speed.settled(given, weights.config, params, others, options.budget)
     model = speed.made(spec, weights.config)
     found: timing.Forward | timing.Served
@@ -177,7 +179,7 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     found[name] |= {'dense': dense, **turns.compared(seen[name], seconds, macs.get(name, 1.0))}
     print(line(found[name]), flush=True)
 
-  ways = dense_ways(*made({'name': 'none'}), shapes, rows)
+  ways = dense_ways(*made({'name': 'none'}, weights), shapes, rows)
   dense = turns.fastest(ways, options.repeats, options.allow_load, see)
   assert dense is not None
   best = seen[dense.name].own['seconds']

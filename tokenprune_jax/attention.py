@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tokenprune_jax.layers import dropped
+
 LIGHT = {'received', 'first_row', 'magnitude'}  # evidence that needs no whole attention map
 PASS = 128  # queries of one pass over the keys
 EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything hard, where it is at least 1
@@ -143,8 +145,7 @@ def mix(
   if 'scores' in how.reads:
     found['scores'] = scores if how.soft else jax.lax.stop_gradient(scores)
   if how.dropout and rng is not None:
-    keep = jax.random.bernoulli(rng, 1 - how.dropout, weights.shape)
-    weights = jnp.where(keep, weights / (1 - how.dropout), 0)
+    weights = dropped(weights, how.dropout, rng)
   mixed = jnp.einsum(
     'bhqk,bhke->bhqe', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
   )

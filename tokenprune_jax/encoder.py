@@ -16,7 +16,7 @@ from tokenprune_jax import attention
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.grouping import group_rows, in_groups
-from tokenprune_jax.layers import ACTIVATIONS, Dense, Norm, joint
+from tokenprune_jax.layers import ACTIVATIONS, Dense, Dropout, Norm, joint
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
@@ -100,7 +100,7 @@ class Embeddings(nn.Module):
     if c.type_vocab:
       x = x + table(c.type_vocab, 'type')(inputs.types)
     x = Norm(c.norm_eps, name='norm')(x)
-    return nn.Dropout(c.dropout)(x, deterministic=not train)
+    return Dropout(c.dropout)(x, train)
 
 
 class RelativeBias(nn.Module):
@@ -196,7 +196,7 @@ class Block(nn.Module):
       setattr(self, name, Dense(c.width, c.dtype))
     self.up, self.down = Dense(c.hidden, c.dtype), Dense(c.width, c.dtype)
     self.attention_norm, self.output_norm = Norm(c.norm_eps), Norm(c.norm_eps)
-    self.drop = nn.Dropout(c.dropout)
+    self.drop = Dropout(c.dropout)
 
   def attend(
     self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool
@@ -237,7 +237,7 @@ class Block(nn.Module):
       attention.Mixing(reads, bool(self.soft), dropout, self.config.kernel),
       own_places(rows.place, index, tokens.x.shape[1]) if 'own' in reads else None,
     )
-    change = self.drop(self.out(mixed.swapaxes(1, 2).reshape(rows.x.shape)), deterministic=not train)
+    change = self.drop(self.out(mixed.swapaxes(1, 2).reshape(rows.x.shape)), train)
     x = self.residual(rows, change, self.attention_norm)
     return put_back(tokens, rows, x), in_stream(found, kept), overflow | rows.overflow
 
@@ -278,7 +278,7 @@ class Block(nn.Module):
     """`feed_forward` on all examples at once: (x, overflow)."""
     rows = updated_rows(tokens, self.compact)
     hidden = ACTIVATIONS[self.config.activation](self.scaled(self.up(rows.x), rows.updated))
-    change = self.drop(self.down(hidden), deterministic=not train)
+    change = self.drop(self.down(hidden), train)
     return put_back(tokens, rows, self.residual(rows, change, self.output_norm)), rows.overflow
 
   def renormed(self, tokens: Tokens) -> Tokens:

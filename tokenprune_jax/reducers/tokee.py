@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokenprune_jax import budget, word_exit
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.layers import Dense
+from tokenprune_jax.layers import Dense, Dropout
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.reducers.early_exit import uncertainty
 from tokenprune_jax.tasks import cross_entropy, weighted_mean
@@ -297,5 +297,5 @@ class WordHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b n d'], labels: int, train: bool) -> Float[Array, 'b n c']:
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    x = Dropout(self.dropout)(x, train)
     return Dense(labels, 'float32', name='out')(x)
