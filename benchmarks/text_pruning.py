@@ -6,8 +6,9 @@
 One dense MiniLM-L6 a dataset and seed, which every method starts from (configs/prune.py); what takes a budget is trained at
 about 0.4 of dense's multiply-adds, and then set to others on the validation split, without training. The test split only
 reports. `--data` holds sst2/ and ag_news/, each with train, valid and test.jsonl.gz: lines {"text": …, "label": …}. The
-queue goes on with the same command after any stop, and writes results/STUDY.json, its table and its plots. A second process
-may train some datasets' runs beside it (`--train_only=ag_news,pooled`), which the queue then only measures.
+queue goes on with the same command after any stop, needs no run again of what it has measured, and writes
+results/STUDY.json, its table and its plots. A second process may train some datasets' runs beside it
+(`--train_only=ag_news,pooled`), which the queue then only measures.
 
 The study of pruning asks besides: what a dense checkpoint loses without any training, on these and BBC News; how near a
 distilled ApproxNet comes to the true attention; and how methods trained on the shortest half of the texts do on longer ones.
@@ -46,6 +47,7 @@ from tokenprune_jax.errors import UserError
 
 QUARTERS = 4  # of the test texts, by length
 FOUND_ON = 256  # validation documents that a budget is met on
+UNTRAINED_ON = ('sst2', 'ag_news', 'bbc')  # whose dense runs are pruned without training
 FIXED = ('dense', 'dense_cls', 'dense_more', 'student', 'student_third')  # whose cost cannot be set
 
 
@@ -97,7 +99,7 @@ def measured(point: dict[str, Any], trained: Trained, **fields: Any) -> dict[str
 # ---------------------------------------------------------------------------------------------------- Untrained
 def untrained_points() -> Iterator[dict[str, Any]]:
   """Every setting without training, not measured: dense checkpoints of seed 0."""
-  for dataset in ('sst2', 'ag_news', 'bbc'):
+  for dataset in UNTRAINED_ON:
     for keep in KEEP:
       for name in UNTRAINED:
         yield {**empty(Row(dataset, name, '', 0), keep), 'variant': 'untrained', 'mix': None}
@@ -232,9 +234,25 @@ class Study:
     """Whether a run is trained."""
     return (self.folder(row) / 'result.json').exists()
 
+  def waiting(self) -> list[Row]:
+    """The runs to train or to measure, in order. A run whose points are all there is only needed by those it begins."""
+    needed = set()
+    if self.plan.extras:
+      for dataset in UNTRAINED_ON:
+        if self.untrained_places(dataset) or dataset not in self.document['divergences']:
+          needed |= {self.folder(placed(row, self.options)) for row in (dense_row(dataset, 0), approx_row(0))}
+    found = []
+    for row in reversed(self.runs):  # a run stands behind those that it starts from
+      told = row.dataset != 'ag_short' or row.name in self.document['quartiles']
+      if self.missing(row) or not told or (self.folder(row) in needed and not self.done(row)):
+        found.append(row)
+        if not self.done(row):
+          needed |= {pathlib.Path(folder) for folder in row.variant.split(',')[1:]}
+    return found[::-1]
+
   def train(self, datasets: list[str]) -> None:
     """Runs the rows of these datasets that are not finished."""
-    for row in self.runs:
+    for row in self.waiting():
       if row.dataset in datasets and not self.done(row):
         print(f'{row.dataset} {row.name} seed {row.seed}', flush=True)
         accuracy.run(row, self.options.runs)
@@ -256,17 +274,21 @@ class Study:
     if row.dataset == 'ag_short' and row.name not in self.document['quartiles']:
       self.document['quartiles'][row.name] = quartiles(self.folder(row))
 
+  def untrained_places(self, dataset: str) -> list[int]:
+    """Places of the points without training that are not measured."""
+    return [
+      place for place, point in enumerate(self.document['rows'])
+      if point['variant'] == 'untrained' and point['dataset'] == dataset and not point['metrics']
+    ]  # fmt: skip
+
   def without_training(self) -> None:
     """Dense checkpoints under methods that they were not trained with."""
     if not self.done(approx_row(0)):
       return
     approx = Trained(self.folder(approx_row(0))).params['reducer']
-    for dataset in ('sst2', 'ag_news', 'bbc'):
+    for dataset in UNTRAINED_ON:
       row = dense_row(dataset, 0)
-      places = [
-        place for place, point in enumerate(self.document['rows'])
-        if point['variant'] == 'untrained' and point['dataset'] == dataset and not point['metrics']
-      ]  # fmt: skip
+      places = self.untrained_places(dataset)
       if not self.done(row) or not (places or dataset not in self.document['divergences']):
         continue
       dense = Trained(self.folder(row), FOUND_ON)
@@ -312,7 +334,7 @@ def main() -> None:
       parser.error(f'--train_only: the study has no runs on {", ".join(sorted(unknown))}')
     study.train(options.train_only)
     return
-  waiting = [row for row in study.runs if study.missing(row) or not study.done(row)]
+  waiting = study.waiting()
   for number, row in enumerate(waiting[: options.rows], 1):
     print(f'[{number}/{len(waiting)}] {row.dataset} {row.name} seed {row.seed}', flush=True)
     study.finish(row)

@@ -70,3 +70,43 @@ def test_dense_computes_in_its_type_and_keeps_gradients_in_float32(dtype):
   np.testing.assert_allclose(gradient['bias'], np.full(4, 6.0), rtol=1e-2)
   expected = np.asarray(x).reshape(-1, 8).sum(0)
   np.testing.assert_allclose(gradient['kernel'], np.stack([expected] * 4, 1), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize('rate', [0.1, 0.5])
+def test_dropout_scales_what_stays_and_its_gradient_has_the_same_holes(rate):
+  (x,) = normals(0, (64, 100))
+  found, pull = jax.vjp(lambda x: layers.dropped(x, rate, jax.random.key(1)), x)
+  stays = np.asarray(found) != 0
+  np.testing.assert_allclose(found, np.where(stays, np.asarray(x) / (1 - rate), 0), rtol=1e-6)
+  np.testing.assert_allclose(pull(jnp.ones_like(x))[0], stays / (1 - rate), rtol=1e-6)
+  assert abs(stays.mean() - (1 - rate)) < 0.02
+
+
+def test_bits_are_those_of_the_hash_of_each_place():
+  key, mask = jax.random.key(7), 2**32 - 1
+  first, second = (int(word) for word in jax.random.bits(key, (2,), jnp.uint32))
+  expected = []
+  for place in range(6):
+    h = place ^ first
+    h = (h ^ (h >> 17)) * 0xED5AD4BB & mask
+    h = ((h ^ (h >> 11)) * 0xAC4C1B51 + second) & mask
+    h = (h ^ (h >> 15)) * 0x31848BAB & mask
+    expected.append(h ^ (h >> 14))
+  np.testing.assert_array_equal(layers.random_bits(key, (2, 3)), np.reshape(expected, (2, 3)))
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_masks_of_dropout_do_not_depend_on_neighbours_layers_or_steps(seed):
+  shape, key = (8, 12, 64, 64), jax.random.key(seed)
+  draws = [jax.random.fold_in(key, step) for step in range(2)]  # two steps
+  one, other = (np.asarray(layers.random_bits(draw, shape)) < 2**32 * 0.1 for draw in draws)
+  one, other = (x - 0.1 for x in (one, other))
+  pairs = [
+    (one[..., 1:], one[..., :-1]),
+    (one[..., 1:, :], one[..., :-1, :]),
+    (one[1:], one[:-1]),
+    (one, other),
+  ]
+  for a, b in pairs:  # standard scores of the correlations
+    assert abs((a * b).mean() / 0.09 * math.sqrt(a.size)) < 4
+  assert abs(one.mean() / 0.3 * math.sqrt(one.size)) < 4

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -115,6 +116,15 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
     *first,
   }
   assert study() == []
+  shutil.rmtree(tmp_path / 'runs')  # what is measured needs no run any more
+  assert study() == []
+  before = (tmp_path / 'text_pruning.json').read_text()
+  document = json.loads(before)
+  point = next(row for row in document['rows'] if row['name'] == 'sttabt' and row['budget'] == 0.3)
+  point['metrics'] = None
+  (tmp_path / 'text_pruning.json').write_text(json.dumps(document))
+  assert study('--rows=9') == ['sst2/dense-seed0', 'pooled/approx-seed0', 'sst2/sttabt-seed0']
+  (tmp_path / 'text_pruning.json').write_text(before)
   document = json.loads((tmp_path / 'text_pruning.json').read_text())
   assert {row['reason'] for row in document['rows']} == {None, 'the budget is 0.2, ask for more'}
   assert set(document['divergences']) == {'sst2', 'ag_news', 'bbc'} and set(
