@@ -33,11 +33,16 @@ def test_top_k_is_the_official_plan(tag, mix):
   np.testing.assert_array_equal(plan[0], G[f'abt.keep_mask_{tag}'])
 
 
+def concrete(scores, valid, theta):
+  """The plan of scores before the softmax [b h n n]."""
+  return backtracking.concrete([backtracking.standing(layer, valid) for layer in scores], valid, theta)
+
+
 @pytest.mark.parametrize('name', ['concrete_thetam0p5', 'concrete_thetam1p5'])
 def test_the_golden_concrete_plan(name):
   scores = [jnp.asarray(layer)[None, None] for layer in G[f'golden_{name}.scores']]
   theta = jnp.asarray(G[f'golden_{name}.theta'])
-  plan, ranks = backtracking.concrete(scores, jnp.ones((1, 5), bool), theta)
+  plan, ranks = concrete(scores, jnp.ones((1, 5), bool), theta)
   np.testing.assert_allclose(ranks[0], G[f'golden_{name}.u'], atol=2e-6)
   np.testing.assert_allclose(plan[0, :2], G[f'golden_{name}.mask_soft'], atol=1e-5)
   np.testing.assert_array_equal(plan[0, :2] >= 0.5, G[f'golden_{name}.mask_hard'] > 0)
@@ -50,7 +55,7 @@ def test_concrete_is_the_official_plan(tag):
     jnp.asarray(G['concrete.key_mask'] > 0),
   )
   theta = jnp.asarray(G[f'concrete.theta_{tag}'])
-  plan, ranks = backtracking.concrete(scores, valid, theta)
+  plan, ranks = concrete(scores, valid, theta)
   np.testing.assert_allclose(np.swapaxes(ranks, 0, 1), G[f'concrete.u_{tag}'], atol=2e-6)
   np.testing.assert_allclose(np.swapaxes(plan, 0, 1), G[f'concrete.mask_soft_{tag}'], atol=1e-5)
   hard = np.asarray(plan) >= 0.5
@@ -73,7 +78,7 @@ def test_plans_shrink_upwards_and_hold_no_padding():
   counts = [jnp.array([5, 3, 1])] * 3
   for plan in (
     backtracking.top_k(weights, valid, counts),
-    backtracking.concrete(scores, valid, jnp.zeros(3))[0],
+    concrete(scores, valid, jnp.zeros(3))[0],
   ):
     assert (np.diff(np.asarray(plan), axis=1) <= 1e-7).all()
     assert (np.asarray(plan) * ~np.asarray(valid)[:, None] == 0).all()
@@ -83,10 +88,8 @@ def test_plans_shrink_upwards_and_hold_no_padding():
 
 def test_batch_mates_and_padding_change_nothing():
   scores, valid = random_maps((12, 7), 12)
-  plan, _ = backtracking.concrete(scores, valid, jnp.full(3, -0.5))
-  alone, _ = backtracking.concrete(
-    [layer[1:, :, :7, :7] for layer in scores], valid[1:, :7], jnp.full(3, -0.5)
-  )
+  plan, _ = concrete(scores, valid, jnp.full(3, -0.5))
+  alone, _ = concrete([layer[1:, :, :7, :7] for layer in scores], valid[1:, :7], jnp.full(3, -0.5))
   np.testing.assert_allclose(plan[1, :, :7], alone[0], atol=1e-6)
 
 
@@ -94,7 +97,7 @@ def test_thresholds_have_a_gradient_everywhere():
   scores, valid = random_maps((12, 7, 1), 12)
 
   def kept(theta):
-    return backtracking.concrete(scores, valid, theta)[0].sum()
+    return concrete(scores, valid, theta)[0].sum()
 
   gradient = jax.grad(kept)(jnp.full(3, -0.5))
   assert np.isfinite(gradient).all() and (np.asarray(gradient) >= 0).all() and float(gradient.sum()) > 0

@@ -105,6 +105,12 @@ def over_queries(values: Float[Array, '*b h q k'], updated: Float[Array, '*b q']
   return jax.lax.optimization_barrier(weighted.reshape(*outer, q // 8, 8, k).sum(-2)).sum(-2)
 
 
+def over_heads(values: Float[Array, '*b h q k']) -> Float[Array, '*b q k']:
+  """Mean over the heads: as a sum of slices, which XLA fuses into one pass along the rows."""
+  heads = values.shape[-3]
+  return sum((values[..., head, :, :] for head in range(1, heads)), values[..., 0, :, :]) / heads
+
+
 class Mixing(NamedTuple):
   """Static settings of `mix`. kernel: 'plain', or the fused one of `fused`: 'xla', 'cudnn'."""
 

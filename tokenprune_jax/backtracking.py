@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tokenprune_jax.attention import over_heads
 from tokenprune_jax.tokens import descending_rank
 
 EPSILON = 1e-7
@@ -55,7 +56,7 @@ def standing(scores: Float[Array, 'b h n n'], valid: Bool[Array, 'b n']) -> Floa
   mean = (scores * keys).sum(-1, keepdims=True) / count
   variance = (((scores - mean) * keys) ** 2).sum(-1, keepdims=True) / count
   deviation = jnp.sqrt(jnp.where(variance > 0, variance, 1)) * (variance > 0)  # at 0 the root has no gradient
-  return (jax.scipy.stats.norm.cdf((scores - mean) / (deviation + EPSILON)) * keys).mean(1)
+  return over_heads(jax.scipy.stats.norm.cdf((scores - mean) / (deviation + EPSILON)) * keys)
 
 
 def logit(p: Float[Array, '*b']) -> Float[Array, '*b']:
@@ -64,7 +65,7 @@ def logit(p: Float[Array, '*b']) -> Float[Array, '*b']:
 
 
 def concrete(
-  scores: Sequence[Float[Array, 'b h n n']],
+  maps: Sequence[Float[Array, 'b n n']],
   valid: Bool[Array, 'b n'],
   theta: Float[Array, '*#b l'],
   mix: float = MIX,
@@ -74,16 +75,15 @@ def concrete(
   v_j = sum_i M_i U_ij (mix u_i + 1 - mix) / sum_i M_i, M and u those of the layer above;  u_j = 0.01 + 0.99 v_j / max v
   m_j = sigmoid((theta + logit u_j) / temperature), M_j = max(m_j, M_j of the layer above)
 
-  Where what is above already keeps it, or u_j >= sigmoid(-theta). Returns (plan, m = layers + 1; u by layer).
+  Where what is above already keeps it, or u_j >= sigmoid(-theta). maps: U, by `standing`. Returns (plan, m = layers + 1; u by
+  layer).
   """
   alive = valid.astype(jnp.float32)
   mask = score = class_token(valid)
   plan, ranks = [mask], []
-  for layer in reversed(range(len(scores))):
+  for layer in reversed(range(len(maps))):
     asked = mask * (mix * score + 1 - mix)
-    found = jnp.einsum('bi,bij->bj', asked, standing(scores[layer], valid)) / (
-      mask.sum(-1, keepdims=True) + EPSILON
-    )
+    found = jnp.einsum('bi,bij->bj', asked, maps[layer]) / (mask.sum(-1, keepdims=True) + EPSILON)
     top = (found * alive).max(-1, keepdims=True)
     score = (0.01 + 0.99 * found / (top + EPSILON)) * alive
     mask = jnp.maximum(jax.nn.sigmoid((theta[..., layer, None] + logit(score)) / TEMPERATURE) * alive, mask)

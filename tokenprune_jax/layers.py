@@ -108,7 +108,8 @@ def dropped(x: Float[Array, '*b'], rate: float, rng: Array) -> Float[Array, '*b'
 
 # Drawn again on the way back: cheaper than keeping what was drawn.
 dropped.defvjp(
-  lambda x, rate, rng: (dropped(x, rate, rng), rng), lambda rate, rng, gradient: (dropped(gradient, rate, rng), None)
+  lambda x, rate, rng: (dropped(x, rate, rng), rng),
+  lambda rate, rng, gradient: (dropped(gradient, rate, rng), None),
 )
 
 ACTIVATIONS: dict[str, Callable] = {'gelu': gelu, 'gelu_tanh': nn.gelu, 'relu': nn.relu}

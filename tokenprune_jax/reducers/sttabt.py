@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenprune_jax import backtracking, budget, flops, schedule
-from tokenprune_jax.attention import Evidence, soft_weights
+from tokenprune_jax.attention import Evidence, over_heads, soft_weights
 from tokenprune_jax.encoder import Encoder, EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
@@ -48,33 +48,45 @@ FURTHEST = 20.0  # of a shift: all tokens, or none but [CLS]
 
 
 class Watcher(Reducer):
-  """Removes nothing, and remembers every layer's scores [b h n n] and states [b n d] (0: embeddings)."""
+  """Removes nothing, and remembers of every layer what plans are made of: keeps, of the mean over heads, [b n n] each.
+
+  keeps 'weights': the attention maps; 'standing': how keys stand in their rows (`backtracking`); 'scores', what is learned
+  from: every head's scores [b h n n], and states [b n d] (0: embeddings).
+  """
+
+  keeps: str = 'scores'
 
   def soft(self) -> str:
     return 'stream'  # what is read needs a gradient
 
   def reads(self, layer: int) -> tuple[str, ...]:
-    return ('scores',)
+    return ('weights',) if self.keeps == 'weights' else ('scores',)
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
-    return tokens, {'state_0': tokens.x}
+    return tokens, {'state_0': tokens.x} if self.keeps == 'scores' else {}
 
   def after_attention(
     self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
   ) -> tuple[Tokens, Memory]:
-    assert evidence.scores is not None  # `reads` asked for it
+    if self.keeps == 'weights':
+      assert evidence.weights is not None  # `reads` asked for it
+      return tokens, {**memory, f'map_{layer}': over_heads(evidence.weights)}
+    assert evidence.scores is not None
+    if self.keeps == 'standing':
+      found = backtracking.standing(evidence.scores, tokens.seen > 0)
+      return tokens, {**memory, f'map_{layer}': found}
     return tokens, {**memory, f'scores_{layer}': evidence.scores}
 
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
-    return tokens, {**memory, f'state_{layer}': tokens.x}
+    return tokens, {**memory, f'state_{layer}': tokens.x} if self.keeps == 'scores' else memory
 
 
 class ApproxNet(nn.Module):
   """A narrow encoder with a classifier of its own: what `Watcher` remembers, and logits [b c]."""
 
   @nn.compact
-  def __call__(self, config: EncoderConfig, inputs: Inputs) -> tuple[Memory, Float[Array, 'b c']]:
-    tokens, memory, _ = Encoder(config, Watcher(), name='encoder')(inputs)
+  def __call__(self, config: EncoderConfig, inputs: Inputs, keeps: str) -> tuple[Memory, Float[Array, 'b c']]:
+    tokens, memory, _ = Encoder(config, Watcher(keeps), name='encoder')(inputs)
     hidden = jnp.tanh(Dense(config.width, 'float32', name='pooler')(tokens.x[:, 0]))
     return memory, Dense(inputs.labels, 'float32', name='out')(hidden)
 
@@ -251,9 +263,9 @@ class Method(Reducer):
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     config, depth = self.narrow(inputs.encoder), inputs.encoder.depth
-    seen, logits = self.approx(config, inputs)
+    keeps = {'distil': 'scores', 'topk': 'weights'}.get(self.mode, 'standing')
+    seen, logits = self.approx(config, inputs, keeps)
     valid = inputs.mask.astype(jnp.float32)
-    scores = [seen[f'scores_{l}'] for l in range(1, depth + 1)]
     memory = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', inputs.mask.sum(-1))}
     if self.mode == 'distil':
       mine = self.widths(seen, inputs.encoder.width, depth)
@@ -263,7 +275,7 @@ class Method(Reducer):
         + state_error(mine['hidden_0'], tokens.x, weight) / depth
       )
       watched = {
-        f'approx_{l}': soft_weights(scores[l - 1], valid[:, None, None]) for l in range(1, depth + 1)
+        f'approx_{l}': soft_weights(seen[f'scores_{l}'], valid[:, None, None]) for l in range(1, depth + 1)
       }
       return tokens, {
         'loss': loss,
@@ -273,15 +285,15 @@ class Method(Reducer):
         **mine,
         **watched,
       }
+    maps = [seen[f'map_{l}'] for l in range(1, depth + 1)]
     if self.mode == 'topk':
       real, keep = inputs.mask.sum(-1), self.controlled(inputs, 'keep')
       count = jnp.where(keep <= 1, jnp.ceil(keep * real - 1e-6), jnp.minimum(keep, real))
-      maps = [soft_weights(layer, valid[:, None, None]).mean(1) for layer in scores]
       plan = backtracking.top_k(maps, inputs.mask, [count.astype(jnp.int32)] * depth, self.mix)
     else:
       theta = self.thresholds(depth, self.theta)
       shifted = theta + self.controlled(inputs, 'shift')[:, None]
-      plan, _ = backtracking.concrete(scores, inputs.mask, shifted, self.mix)
+      plan, _ = backtracking.concrete(maps, inputs.mask, shifted, self.mix)
       if train:
         moved, share = regularisers(theta, self.theta, plan, valid)
         memory['loss'] = self.theta_weight * moved + self.mask_weight * share
