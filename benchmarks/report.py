@@ -55,6 +55,14 @@ def commit() -> str | None:
   return found.stdout.strip() + ('+' if changed.returncode else '')
 
 
+UNITS = {
+  'amx_tile': 'AMX',
+  'avx512_bf16': 'AVX-512, bfloat16',
+  'avx512f': 'AVX-512',
+  'avx2': 'AVX2',
+}  # widest first
+
+
 def machine() -> dict[str, Any]:
   """Processor, cores this process may use, memory in GiB, system and settings of the allocator."""
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
@@ -70,14 +78,14 @@ def allocator() -> dict[str, str]:
 
 
 def processor() -> str:
-  """The processor's name."""
+  """The processor's name and its widest units for products, where the system lists them: a name may hide generations."""
   listing = pathlib.Path('/proc/cpuinfo')  # Linux; elsewhere platform knows
-  names = (
-    [line for line in listing.read_text().splitlines() if line.startswith('model name')]
-    if listing.exists()
-    else []
-  )
-  return names[0].partition(':')[2].strip() if names else platform.processor() or platform.machine()
+  lines = listing.read_text(encoding='utf-8').splitlines() if listing.exists() else []
+  found = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in lines)}
+  name = found.get('model name') or platform.processor() or platform.machine()
+  flags = found.get('flags', '').split()
+  widest = next((unit for flag, unit in UNITS.items() if flag in flags), '')
+  return f'{name} ({widest})' if widest else name
 
 
 def cores() -> int:

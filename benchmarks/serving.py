@@ -171,7 +171,8 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     seen[turn.name] = dataclasses.replace(turn, program=None)
     found[turn.name] = {
       'model': options.model, 'dataset': dataset, 'documents': len(rows), 'method': turn.name, 'dtype': options.dtype[0],
-      'executor': executor, 'compile_seconds': turn.program.compile_seconds, 'programs': None, 'arriving': None,
+      'executor': executor, 'batch': None, 'length': None, 'torch_sdpa_seconds': None, 'programs': None, 'arriving': None,
+      'compile_seconds': turn.program.compile_seconds, 'peak_bytes': turn.program.peak_bytes,
       'commit': report.commit(), **(requests(turn.program, turn.own['seconds'], options.requests) if served else {}),
     }  # fmt: skip
 

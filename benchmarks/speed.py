@@ -199,14 +199,15 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
       torch_ways(config, given, dtype), beside, options.repeats, options.allow_load
     )
   }
-  ratios = {f'{peer}_ratio': peers.get(peer) for peer in ('torch_eager', 'torch_sdpa')}
+  torch = {name: peers.get(name) for name in ('torch_eager', 'torch_sdpa')}
   found: list[dict[str, Any]] = []
 
   def note(turn: turns.Turn, more: dict[str, Any], executor: str, against: float) -> None:
     times = turns.compared(turn, against, macs.get(turn.name, 1.0))
     found.append({
       'model': options.model, 'method': turn.name, 'executor': executor, 'batch': batch, 'length': length, 'dtype': dtype,
-      **times, **{name: peer and peer * times['time_ratio'] for name, peer in ratios.items()}, **more,
+      **times, **{f'{name}_seconds': peer and peer * times['dense_seconds'] for name, peer in torch.items()},
+      **{f'{name}_ratio': peer and peer * times['time_ratio'] for name, peer in torch.items()}, **more,
     })  # fmt: skip
     print(line(found[-1]), flush=True)
 
