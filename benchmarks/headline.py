@@ -216,6 +216,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
       row['name'] + (' *chosen*' if row is chosen else ''), f'{100 * row["valid"]:.1f}', f'{100 * row["test"]:.1f}',
       report.points(gain and gain._asdict()), f'{row["mac_ratio"]:.2f}', *throughput(row),
     ])  # fmt: skip
+  there = {row['name'] for row in rows}
+  lines += [
+    [point.name, report.NOT_RUN, *['–'] * 6]
+    for point in settings(rows[0]['dataset'])
+    if point.name not in there
+  ]
   return report.table(lines)
 
 
@@ -236,7 +242,7 @@ def plot(path: pathlib.Path, dataset: str, rows: Sequence[dict[str, Any]]) -> No
   dense = rows[0]
   place = dense['documents'] / dense['seconds'], 100 * dense['test']
   axes.plot(*place, 'o', color=COLOURS['dense'], markersize=9, label='dense')
-  for method in ('topk', 'combine'):
+  for method in dict.fromkeys(row['method'] for row in rows[1:]):
     points = sorted((row for row in rows if row['method'] == method), key=lambda row: -row['seconds'])
     x = [row['documents'] / row['seconds'] for row in points]
     y = np.array([100 * row['test'] for row in points])
