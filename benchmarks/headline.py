@@ -180,7 +180,7 @@ def timed(options: argparse.Namespace, dataset: str, found: list[dict[str, Any]]
   own = {row['name']: row for row in found}
   for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
     done.append(written(own[turn.name], turn))
-    print(f'{dataset} {turn.name}: {throughput(done[-1])[1]} times dense', flush=True)
+    print(f'{dataset} {turn.name}: {1 / cost(done[-1]):.2f} times dense', flush=True)
   best.give_up()
   return done
 
@@ -189,7 +189,17 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
   """The fastest setting that loses at most ALLOWED_LOSS on the validation split; None where none is that good."""
   dense = next(row for row in rows if row['method'] == 'dense')
   good = [row for row in rows[1:] if row['valid'] >= dense['valid'] - ALLOWED_LOSS - 1e-9]
-  return min(good, key=lambda row: row['seconds'] or row['mac_ratio'], default=None)
+  return min(good, key=cost, default=None)
+
+
+def cost(row: dict[str, Any]) -> float:
+  """What a setting takes, as a share of dense in the same turns (machines drift); of its MACs where no time was taken."""
+  return row['seconds'] / row['dense_seconds'] if row['seconds'] else row['mac_ratio']
+
+
+def rate(row: dict[str, Any], dense: dict[str, Any]) -> float:
+  """Documents a second, at the pace at which `dense` was measured."""
+  return dense['documents'] / dense['seconds'] / cost(row)
 
 
 def page(document: dict[str, Any]) -> str:
@@ -200,7 +210,8 @@ def page(document: dict[str, Any]) -> str:
   ]
   for dataset in dict.fromkeys(row['dataset'] for row in document['rows']):
     rows = [row for row in document['rows'] if row['dataset'] == dataset]
-    parts.append(f'## {TITLES[dataset]}\n\n{table(rows)}\n![{TITLES[dataset]}](headline_{dataset}.png)\n')
+    picture = f'![{TITLES[dataset]}](headline_{dataset}.png)\n' if all(row['seconds'] for row in rows) else ''
+    parts.append(f'## {TITLES[dataset]}\n\n{table(rows)}\n{picture}')
   return '\n'.join([*parts, report.origin(document)])
 
 
@@ -214,7 +225,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     gain = report.difference([row], rows[:1]) if row is not rows[0] else None
     lines.append([
       row['name'] + (' *chosen*' if row is chosen else ''), f'{100 * row["valid"]:.1f}', f'{100 * row["test"]:.1f}',
-      report.points(gain and gain._asdict()), f'{row["mac_ratio"]:.2f}', *throughput(row),
+      report.points(gain and gain._asdict()), f'{row["mac_ratio"]:.2f}', *throughput(row, rows[0]),
     ])  # fmt: skip
   there = {row['name'] for row in rows}
   lines += [
@@ -225,13 +236,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   return report.table(lines)
 
 
-def throughput(row: dict[str, Any]) -> tuple[str, str, str]:
+def throughput(row: dict[str, Any], dense: dict[str, Any]) -> tuple[str, str, str]:
   """(documents a second, times dense, times torch), dashes for what was not measured."""
-  if not row['seconds']:
+  if not row['seconds'] or not dense['seconds']:
     return '–', '–', '–'
   torch = row['torch_seconds']
   return (
-    f'{row["documents"] / row["seconds"]:.1f}', f'{row["dense_seconds"] / row["seconds"]:.2f}',
+    f'{rate(row, dense):.1f}', f'{1 / cost(row):.2f}',
     f'{torch / row["seconds"]:.2f}' if torch else '–',
   )  # fmt: skip
 
@@ -243,8 +254,8 @@ def plot(path: pathlib.Path, dataset: str, rows: Sequence[dict[str, Any]]) -> No
   place = dense['documents'] / dense['seconds'], 100 * dense['test']
   axes.plot(*place, 'o', color=COLOURS['dense'], markersize=9, label='dense')
   for method in dict.fromkeys(row['method'] for row in rows[1:]):
-    points = sorted((row for row in rows if row['method'] == method), key=lambda row: -row['seconds'])
-    x = [row['documents'] / row['seconds'] for row in points]
+    points = sorted((row for row in rows if row['method'] == method), key=lambda row: -cost(row))
+    x = [rate(row, dense) for row in points]
     y = np.array([100 * row['test'] for row in points])
     gains: list[metrics.Difference | None] = [report.difference([row], [dense]) for row in points]
     bars = np.array([[100 * (g.mean - g.low), 100 * (g.high - g.mean)] for g in gains if g]).T
