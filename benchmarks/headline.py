@@ -5,9 +5,9 @@
 
 Fine-tuned MiniLM-L6 (seed 0), float32, documents at their real lengths up to the 512 tokens that the model reads.
 Curves: top-k (trained at two schedules, others as settings of the nearer one) and combining (one run a layer), each
-starting from the dense run and learning half from its answers (configs/prune.py:topk+distil). The
-setting of the headline is the fastest one within half a point of dense on the whole validation split, none of which any
-run was trained on; the test split only reports. Dense is the fastest of five ways to run it, torch the faster of two, timed
+starting from the dense run and learning half from its answers (configs/prune.py:topk+distil). The setting of the headline
+is the fastest one within half a point of dense on the whole validation split, none of which any run was trained on; the
+test split only reports. Dense is the fastest of five ways to run it, torch the faster of two, timed
 beside that dense; since counts are fixed, what a setting takes does not depend on what was learned, and pretrained weights
 are timed. Goes on with the same command after any stop; makes the runs it needs. `--no_timing` computes the accuracies
 only, which other programs do not disturb; `--only_timing` times the settings whose accuracies are there.
@@ -36,15 +36,12 @@ from tokenprune_jax import ladder, metrics, pretrained, timing, workdir
 
 LONGEST = 512  # tokens that the model reads
 ALLOWED_LOSS = 0.005  # on the validation split
-HALF, THIRD = (
-  (0.95, 0.05),
-  (0.65, 0.02),
-)  # ends of the shares that top-k is trained with, about that part of the cost
+HALF = (0.95, 0.05)  # ends of the shares that top-k is trained with, at about that part of the cost
+THIRD = (0.65, 0.02)
 ENDS = {(0.95, 0.2): HALF, HALF: HALF, (0.8, 0.05): THIRD, THIRD: THIRD}
 LAYERS = {5: 'c_late', 4: 'c_early', 3: 'c_third'}  # that combining replaces, and its runs
-RECIPE = {
-  'bbc': ('optimizer.learning_rate=1e-4', 'stages[0].epochs=3')
-}  # as configs/bbc_fuzzy.py; else those of IMDB
+# As configs/bbc_fuzzy.py; others are trained as IMDB.
+RECIPE = {'bbc': ('optimizer.learning_rate=1e-4', 'stages[0].epochs=3')}
 COLOURS = {'dense': '#333840', 'topk': '#4477aa', 'combine': '#ee6677'}
 
 
@@ -55,11 +52,6 @@ class Setting(NamedTuple):
   name: str
   row: Row
   spec: dict[str, Any]
-
-
-def shares_of(ends: tuple[float, float], depth: int) -> tuple[float, ...]:
-  """The shares that stay after each layer, evenly spaced."""
-  return tuple(np.round(np.linspace(*ends, depth), 3).tolist())
 
 
 def settings(dataset: str, runs: str = 'runs', depth: int = 6) -> Iterator[Setting]:
@@ -75,12 +67,12 @@ def settings(dataset: str, runs: str = 'runs', depth: int = 6) -> Iterator[Setti
 
   yield Setting('dense', 'dense', dense, {'name': 'none'})
   topk = {
-    HALF: distilled('topk_half', 'topk', f'reducer.shares={shares_of(HALF, depth)}'),
-    THIRD: distilled('topk_third', 'topk', f'reducer.shares={shares_of(THIRD, depth)}'),
+    HALF: distilled('topk_half', 'topk', f'reducer.shares={speed.schedule(depth, *HALF)}'),
+    THIRD: distilled('topk_third', 'topk', f'reducer.shares={speed.schedule(depth, *THIRD)}'),
   }
   for ends, nearest in ENDS.items():
     name = f'top-k, {ends[0]:.0%} to {ends[1]:.0%}'
-    yield Setting('topk', name, topk[nearest], {'name': 'topk', 'shares': shares_of(ends, depth)})
+    yield Setting('topk', name, topk[nearest], {'name': 'topk', 'shares': speed.schedule(depth, *ends)})
   for layer, name in LAYERS.items():
     row = distilled(name, 'c_early', f'reducer.layer={layer}')
     yield Setting(
@@ -88,8 +80,8 @@ def settings(dataset: str, runs: str = 'runs', depth: int = 6) -> Iterator[Setti
     )
 
 
-def trained(setting: Setting, runs: str) -> tuple[Trained, Any]:
-  """(the run of a setting, parameters), on texts that are not cut to what it was trained on.
+def trained(setting: Setting, runs: str) -> Trained:
+  """The run of a setting, on texts that are not cut to what it was trained on.
 
   Trains the run, or goes on with it, where it is not finished.
   """
@@ -98,14 +90,13 @@ def trained(setting: Setting, runs: str) -> tuple[Trained, Any]:
     made = accuracy.run(setting.row, runs)
     if not made['metrics']:
       raise SystemExit(f'error: {setting.row.name} on {setting.row.dataset}: {made["reason"]}')
-  run = Trained(folder, max_length=LONGEST, buckets=ladder.LENGTHS, valid_limit=0)
-  return run, run.params
+  return Trained(folder, max_length=LONGEST, buckets=ladder.LENGTHS, valid_limit=0)
 
 
-def scored(setting: Setting, run: Trained, params: Any) -> dict[str, Any]:
+def scored(setting: Setting, run: Trained) -> dict[str, Any]:
   """Accuracy on both splits, and which test documents were right."""
   # Counts are fixed, so that `compact` answers as `mask` does, in less time.
-  valid, test = (run.evaluate(setting.spec, split, params, 'compact') for split in ('valid', 'test'))
+  valid, test = (run.evaluate(setting.spec, split, executor='compact') for split in ('valid', 'test'))
   return {
     'dataset': setting.row.dataset, 'method': setting.method, 'name': setting.name, 'reducer': setting.spec,
     'run': accuracy.workdir_of(setting.row, 'runs'), 'valid': valid['metrics']['accuracy'],
@@ -300,11 +291,10 @@ def main() -> None:
   header = report.header(shlex.join(['python', 'benchmarks/headline.py', *sys.argv[1:]]))
   known = {(row['dataset'], row['name']): row for row in report.read(path)['rows']}
   for dataset in options.datasets:
-    wanted = list(settings(dataset, options.runs))
-    for setting in () if options.only_timing else wanted:
+    for setting in () if options.only_timing else settings(dataset, options.runs):
       row = known.get((dataset, setting.name))
       if row is None:
-        row = scored(setting, *trained(setting, options.runs))
+        row = scored(setting, trained(setting, options.runs))
         scores = f'valid {row["valid"]:.4f}, test {row["test"]:.4f}, MACs {row["mac_ratio"]:.2f}'
         print(f'{dataset} {setting.name}: {scores}', flush=True)
       known[dataset, setting.name] = row

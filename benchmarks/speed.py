@@ -42,9 +42,9 @@ CONFIGS = {
 }
 
 
-def schedule(depth: int) -> tuple[float, ...]:
-  """Shares of a top-k schedule that falls in a line, at about half of dense's MACs."""
-  return tuple(np.round(np.linspace(0.95, 0.05, depth), 3).tolist())
+def schedule(depth: int, first: float = 0.95, last: float = 0.05) -> tuple[float, ...]:
+  """Shares of a top-k schedule that falls in a line, by default at about half of dense's MACs."""
+  return tuple(np.round(np.linspace(first, last, depth), 3).tolist())
 
 
 def specs(depth: int) -> dict[str, tuple[dict[str, Any], str]]:

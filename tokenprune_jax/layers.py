@@ -85,8 +85,8 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 def random_bits(rng: Array, shape: Sequence[int]) -> UInt32[Array, '...']:
   """32 bits for each place: its number, mixed with two words of the key `rng` by three multiplications (triple32).
 
-  Takes as long as a copy does on a CPU, where `jax.random.bits` takes eight times as long: most of a training step's
-  dropout was that. For masks; not meant for statistics.
+  Takes about as long as a copy does on a CPU, where `jax.random.bits` takes several times as long. For masks; not meant for
+  statistics.
   """
   first, second = jax.random.bits(rng, (2,), jnp.uint32)
   place, stride = jnp.zeros((), jnp.uint32), 1

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     'weights': 'minilm-l6',  # or 'mpnet-base', a folder, a hub name, 'random:…'
     'dtype': 'float32',  # of the matrix products; parameters stay in float32
     'dropout': 0.1,
-    'attention_dropout': 0.0,  # on the attention maps; it takes a tenth to a quarter more of a step on a CPU
+    'attention_dropout': 0.0,  # on the attention maps; a few more passes over them in a step
     'executor': 'mask',  # or 'compact'; 'serve': trained as under 'mask', timed as served
   },
   'data': {
