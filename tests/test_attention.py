@@ -70,13 +70,13 @@ def test_a_row_that_sees_nothing_is_zero_and_has_finite_gradients():
       assert np.isfinite(gradient).all()
 
 
-def test_hard_weights_have_the_gradient_of_soft_weights():
+def test_hard_parts_have_the_gradient_of_soft_parts():
   scores = jax.random.normal(jax.random.key(0), (2, 3, 5, 6))
   seen = jnp.array([1.0, 0, 1, 1, 0, 1])[None, None, None]
   probe = jax.random.normal(jax.random.key(1), scores.shape)
   hard, soft = (
-    jax.grad(lambda s, f=f: (f(s, seen) * probe).sum())(scores)
-    for f in (attention.hard_weights, attention.soft_weights)
+    jax.grad(lambda s, f=f: (jnp.multiply(*f(s, seen)) * probe).sum())(scores)
+    for f in (attention.hard_parts, attention.soft_parts)
   )
   np.testing.assert_allclose(hard, soft, atol=1e-6)
 
@@ -127,3 +127,36 @@ def test_the_fused_kernel_and_its_light_evidence_equal_the_plain_ones(per_head, 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, fused)
   whole = Mixing(('weights',), kernel='xla')  # needs the map, which the fused kernel does not give
   assert mix(query, key, value, seen, updated, bias, None, whole)[1]['weights'].shape == (3, 2, queries, 7)
+
+
+@pytest.mark.parametrize('per_head', [False, True])
+def test_passes_equal_one_pass_in_values_evidence_and_gradient(per_head, monkeypatch):
+  query, key, value, seen, updated, bias = arrays(per_head)
+  how = Mixing(('received', 'first_row'))
+
+  def total(query, key, value, bias):
+    mixed, _ = mix(query, key, value, seen, updated, bias, None, how)
+    return (mixed * jnp.arange(mixed.size).reshape(mixed.shape)).sum()
+
+  def found():
+    values = mix(query, key, value, seen, updated, bias, None, how)
+    return values, jax.grad(total, (0, 1, 2, 3))(query, key, value, bias)
+
+  whole = found()
+  monkeypatch.setattr(attention, 'CACHED_ENTRIES', 0)
+  monkeypatch.setattr(attention, 'HEAD_ENTRIES', 3 * 7)
+  assert attention.pass_rows(6, 7, 7) == 3  # three passes of 3 queries, the last one not full
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), whole, found())
+
+
+@pytest.mark.parametrize('reads', [(), ('first_row',), ('received',)])
+def test_inference_keeps_no_whole_map(reads):
+  b, h, n, e = 2, 12, 512, 32
+  states = jax.ShapeDtypeStruct((b, h, n, e), jnp.float32)
+  masks = jax.ShapeDtypeStruct((b, 1, n), jnp.float32), jax.ShapeDtypeStruct((b, n), jnp.float32)
+
+  def mixed(*given):
+    return attention.mix(*given, None, None, Mixing(reads))
+
+  compiled = jax.jit(mixed).lower(states, states, states, *masks).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * b * h * n * n / 2

@@ -21,10 +21,9 @@ BATCH = ragged_batch((14, 9, 5, 2, 1), 14)
 @pytest.fixture(scope='module')
 def score():
   mask = jnp.asarray(GOLDEN['key_mask'])
-  weights = attention.soft_weights(jnp.asarray(GOLDEN['scores']), mask[:, None, None])
-  found = attention.read(
-    weights, jnp.ones_like(mask), ('received', 'own')
-  )  # theirs counts padded queries too
+  parts = attention.soft_parts(jnp.asarray(GOLDEN['scores']), mask[:, None, None])
+  # theirs counts padded queries too
+  found = attention.read(*parts, jnp.ones_like(mask), ('received', 'own'))
   return power.significance(found['received'], found['own'])
 
 

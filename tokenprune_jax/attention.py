@@ -13,7 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenprune_jax.layers import dropped
 
 LIGHT = {'received', 'first_row', 'magnitude'}  # evidence that needs no whole attention map
-PASS = 128  # queries of one pass over the keys
+CACHED_ENTRIES = 3 * 2**20  # of all attention maps of a pass: what is above goes in passes
+HEAD_ENTRIES = 2**16  # of one attention map in such a pass
+PASS = 128  # queries of one pass beside a fused kernel
+UNSEEN = -1e9  # added to a score whose key is not seen: its exponential is 0 to the bit
 EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything hard, where it is at least 1
 
 
@@ -35,72 +38,90 @@ class Evidence(NamedTuple):
   magnitude: Array | None = None
 
 
-def soft_weights(scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']) -> Float[Array, '*b q k']:
-  """Attention weights [… q k] in float32; rows that see nothing are 0. Differentiable in `scores` and in `seen`."""
+def soft_parts(
+  scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']
+) -> tuple[Float[Array, '*b q k'], Float[Array, '*b q 1']]:
+  """(exps, share): attention weights in float32 before the division, and what each row is then multiplied by.
+
+  Rows that see nothing are 0. Differentiable in `scores` and in `seen`.
+  """
   scores = scores.astype(jnp.float32)
   top = jax.lax.stop_gradient(jnp.max(jnp.where(seen > 0, scores, -jnp.inf), axis=-1, keepdims=True))
   top = jnp.where(jnp.isfinite(top), top, 0.0)
   # An unseen key may score above the maximum: bounded, so that 0 * exp never is 0 * inf.
-  weights = jnp.exp(jnp.minimum(scores - top, 30.0)) * seen
-  return weights / (weights.sum(-1, keepdims=True) + EPSILON)
+  exps = jnp.exp(jnp.minimum(scores - top, 30.0)) * seen
+  return exps, 1 / (exps.sum(-1, keepdims=True) + EPSILON)
+
+
+def soft_weights(scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']) -> Float[Array, '*b q k']:
+  """Attention weights [… q k] in float32; rows that see nothing are 0. Differentiable in `scores` and in `seen`."""
+  exps, share = soft_parts(scores, seen)
+  return exps * share
 
 
 @jax.custom_vjp
-def hard_weights(scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']) -> Float[Array, '*b q k']:
-  """`soft_weights` with a constant `seen`: the same value, and a backward pass that keeps one map instead of three."""
-  return soft_weights(scores, seen)
+def hard_parts(
+  scores: Float[Array, '*b q k'], seen: Float[Array, '*#b #q k']
+) -> tuple[Float[Array, '*b q k'], Float[Array, '*b q 1']]:
+  """`soft_parts` with a constant `seen`, in three passes over the map, and a backward pass that keeps one map."""
+  hidden = jnp.where(seen > 0, jnp.log(jnp.where(seen > 0, seen, 1)), UNSEEN)
+  scores = scores.astype(jnp.float32) + hidden
+  # The barrier keeps XLA from computing the exponentials again for their sums, which on a CPU costs more than reading them.
+  exps = jax.lax.optimization_barrier(jnp.exp(scores - scores.max(-1, keepdims=True)))
+  return exps, jnp.any(seen > 0, axis=-1, keepdims=True) / exps.sum(-1, keepdims=True)
 
 
-def _hard_weights_forward(scores, seen):
-  weights = soft_weights(scores, seen)
-  return weights, (weights, jnp.zeros((), scores.dtype))
+def _hard_parts_forward(scores, seen):
+  exps, share = hard_parts(scores, seen)
+  return (exps, share), (exps, share, jnp.zeros((), scores.dtype))
 
 
-def _hard_weights_backward(saved, gradient):
-  weights, like = saved
-  inner = jnp.sum(gradient * weights, axis=-1, keepdims=True)
-  return (weights * (gradient - inner)).astype(like.dtype), None
+def _hard_parts_backward(saved, gradients):
+  exps, share, like = saved
+  by_exps, by_share = gradients
+  return (exps * (by_exps - by_share * share * share)).astype(like.dtype), None
 
 
-hard_weights.defvjp(_hard_weights_forward, _hard_weights_backward)
+hard_parts.defvjp(_hard_parts_forward, _hard_parts_backward)
 
 
 def read(
-  weights: Float[Array, '*b h q k'],
+  exps: Float[Array, '*b h q k'],
+  share: Float[Array, '*b h q 1'],
   updated: Float[Array, '*b q'],
   reads: tuple[str, ...],
   own: Bool[Array, '*b #h q k'] | None = None,
 ) -> dict[str, Array]:
-  """The evidence named in `reads`, keys in the order of `weights`. updated: 1 at queries that count, 0 at padding.
+  """The evidence named in `reads` of the weights exps * share, keys in the order of these. updated: 1 at queries that count.
 
   own: where query and key are the same slot; None: the i-th query is the i-th key.
   """
   found = {}
+  counted = updated[..., None, :] * share[..., 0]  # [… h q]
   if 'received' in reads or 'entropy' in reads:
-    received = over_queries(weights, updated)
-    found['received'] = received
+    found['received'] = over_queries(exps, counted)
   if 'entropy' in reads:
-    surprise = over_queries(weights * jnp.log(weights + EPSILON), updated)
-    total = received + EPSILON
+    surprise = over_queries(exps * jnp.log(exps * share + EPSILON), counted)
+    total = found['received'] + EPSILON
     found['entropy'] = jnp.maximum(jnp.log(total) - surprise / total, 0.0)
   if 'own' in reads:
     if own is None:
-      found['own'] = jnp.diagonal(weights, axis1=-2, axis2=-1) * updated[..., None, :]
+      found['own'] = jnp.diagonal(exps, axis1=-2, axis2=-1) * counted
     else:
-      found['own'] = (weights * own * updated[..., None, :, None]).sum(-2)
+      found['own'] = (exps * own * counted[..., None]).sum(-2)
   if 'first_row' in reads:
-    found['first_row'] = weights[..., 0, :]
+    found['first_row'] = exps[..., 0, :] * share[..., 0, :]
   if 'weights' in reads:
-    found['weights'] = weights
+    found['weights'] = exps * share
   return {name: value for name, value in found.items() if name in reads}
 
 
-def over_queries(values: Float[Array, '*b h q k'], updated: Float[Array, '*b q']) -> Float[Array, '*b h k']:
-  """Sum over the queries, by `updated`: eight at a time where that divides them, which XLA fuses into one pass."""
+def over_queries(values: Float[Array, '*b h q k'], counted: Float[Array, '*b h q']) -> Float[Array, '*b h k']:
+  """Sum over the queries, each times `counted`: eight at a time where that divides them, which XLA fuses into one pass."""
   *outer, q, k = values.shape
   if q % 8:
-    return jnp.einsum('...hqk,...q->...hk', values, updated)
-  weighted = values * updated[..., None, :, None]
+    return jnp.einsum('...hqk,...hq->...hk', values, counted)
+  weighted = values * counted[..., None]
   # The barrier keeps XLA from making one sum of the two again, which it computes column by column.
   return jax.lax.optimization_barrier(weighted.reshape(*outer, q // 8, 8, k).sum(-2)).sum(-2)
 
@@ -145,17 +166,76 @@ def mix(
   ):
     mixed = fused(query, key, value, seen, bias, how.kernel)
     return mixed, {**light(query, key, seen, updated, bias, how.reads), **sized(mixed, updated, how.reads)}
+  if not how.soft and not (how.dropout and rng is not None) and set(how.reads) <= LIGHT:
+    mixed, found = in_passes(query, key, value, seen, updated, bias, how.reads)
+    return mixed, {**found, **sized(mixed, updated, how.reads)}
   scores = scaled_scores(query, key, bias)
-  weights = (soft_weights if how.soft else hard_weights)(scores, seen[..., None, :])
-  found = read(weights if how.soft else jax.lax.stop_gradient(weights), updated, how.reads, own)
+  exps, share = (soft_parts if how.soft else hard_parts)(scores, seen[..., None, :])
+  parts = exps, share
+  found = read(*(parts if how.soft else jax.lax.stop_gradient(parts)), updated, how.reads, own)
   if 'scores' in how.reads:
     found['scores'] = scores if how.soft else jax.lax.stop_gradient(scores)
   if how.dropout and rng is not None:
-    weights = dropped(weights, how.dropout, rng)
-  mixed = jnp.einsum(
-    'bhqk,bhke->bhqe', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-  )
+    exps = dropped(exps, how.dropout, rng)
+  mixed = mixture(exps, share, value)
   return mixed, {**found, **sized(mixed, updated, how.reads)}
+
+
+def mixture(
+  exps: Float[Array, 'b h q k'], share: Float[Array, 'b h q 1'], value: Float[Array, 'b h k e']
+) -> Float[Array, 'b h q e']:
+  """The values mixed by the weights exps * share, in float32."""
+  return share * jnp.einsum(
+    'bhqk,bhke->bhqe', exps.astype(value.dtype), value, preferred_element_type=jnp.float32
+  )
+
+
+def pass_rows(maps: int, q: int, k: int) -> int:
+  """Queries of one pass over k keys, of `maps` attention maps: on a CPU so few that a pass stays in the cache."""
+  if jax.default_backend() != 'cpu' or maps * q * k <= CACHED_ENTRIES:
+    return q
+  return min(q, max(1, HEAD_ENTRIES // k))
+
+
+def in_passes(
+  query: Float[Array, 'b h q e'],
+  key: Float[Array, 'b h k e'],
+  value: Float[Array, 'b h k e'],
+  seen: Float[Array, 'b #h k'],
+  updated: Float[Array, 'b q'],
+  bias: Float[Array, '#b #h q k'] | None,
+  reads: tuple[str, ...],
+) -> tuple[Float[Array, 'b h q e'], dict[str, Array]]:
+  """`mix` for a hard `seen` and evidence of LIGHT, a few queries at a time: no whole map is kept for inference."""
+  b, h, q, _ = query.shape
+  count = -(-q // pass_rows(b * h, q, key.shape[2]))
+
+  def some(query, updated, bias):
+    exps, share = hard_parts(scaled_scores(query, key, bias), seen[..., None, :])
+    counted = jax.lax.stop_gradient(updated[:, None] * share[..., 0])
+    received = None
+    if 'received' in reads:  # as a product, which a CPU takes along with the pass
+      received = jnp.einsum('bhqk,bhq->bhk', jax.lax.stop_gradient(exps), counted)
+    first = jax.lax.stop_gradient(exps[:, :, 0] * share[:, :, 0]) if 'first_row' in reads else None
+    return mixture(exps, share, value), received, first
+
+  if count == 1:
+    mixed, received, first = some(query, updated, bias)
+  else:
+    parts = (cut(query, 2, count), cut(updated, 1, count), None if bias is None else cut(bias, 2, count))
+    mixed, received, first = jax.lax.map(lambda part: some(*part), parts)
+    mixed = jnp.moveaxis(mixed, 0, 2).reshape(b, h, -1, value.shape[-1])[:, :, :q]
+    received = None if received is None else received.sum(0)
+    first = None if first is None else first[0]
+  found = {'received': received, 'first_row': first}
+  return mixed, {name: value for name, value in found.items() if value is not None}
+
+
+def cut(x: Array, axis: int, count: int) -> Array:
+  """[… q …] -> [count … ceil(q / count) …], the last one filled with zeros."""
+  size = -(-x.shape[axis] // count)
+  x = jnp.pad(x, [(0, count * size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+  return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def sized(
@@ -220,19 +300,14 @@ def light(
     found['first_row'] = row[:, :, 0]
   if 'received' in reads:
     b, h, q, _ = query.shape
-    pad = -q % min(PASS, q)
-
-    def cut(x, axis):  # [… q …] -> [passes … PASS …]
-      x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
-      x = x.reshape(*x.shape[:axis], -1, min(PASS, q), *x.shape[axis + 1 :])
-      return jnp.moveaxis(x, axis, 0)
+    count = -(-q // PASS)
 
     def add(total, part):
       query, updated, bias = part
-      weights = soft_weights(scaled_scores(query, key, bias), seen[:, :, None])
-      return total + over_queries(weights, updated), None
+      exps, share = hard_parts(scaled_scores(query, key, bias), seen[:, :, None])
+      return total + over_queries(exps, updated[:, None] * share[..., 0]), None
 
-    parts = cut(query, 2), cut(updated, 1), None if bias is None else cut(bias, 2)
+    parts = cut(query, 2, count), cut(updated, 1, count), None if bias is None else cut(bias, 2, count)
     found['received'] = jax.lax.scan(add, jnp.zeros((b, h, key.shape[2])), parts)[0]
   return jax.lax.stop_gradient(found)
 
