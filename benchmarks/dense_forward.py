@@ -1,6 +1,6 @@
 """The dense forward pass beside torch: BERT of 12 x 768 or 6 x 384, the same shapes, in turns in one process.
 
-    python benchmarks/dense_forward.py [--model=bert|minilm] [--dtype=float32] [--repeats=7] [--out=FILE]
+    python benchmarks/dense_forward.py [--model=bert,minilm] [--dtype=float32] [--repeats=7] [--out=FILE]
 
 Writes results/dense_forward.json. Bar: throughput >= 0.9 of `transformers` with SDPA in float32.
 The weights are torch's own, read through `pretrained`, so both compute the same numbers; the difference is in each row.
@@ -18,7 +18,7 @@ sys.path.insert(
 import jax
 import numpy as np
 
-from benchmarks import measure, report
+from benchmarks import measure, report, speed
 from tokenprune_jax import pretrained, timing, workdir
 from tokenprune_jax.encoder import Encoder
 from tokenprune_jax.models import make_reducer
@@ -90,15 +90,19 @@ def rows(model: str, dtype: str, repeats: int, allow_load: bool) -> list[dict]:
 def main() -> None:
   """Measures and writes."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--model', default='bert', choices=tuple(MODELS))
+  parser.add_argument('--model', type=speed.words, default=list(MODELS), help=', '.join(MODELS))
   parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
   parser.add_argument('--out', default='results/dense_forward.json')
   options = parser.parse_args()
-  command = f'python benchmarks/dense_forward.py --model={options.model} --dtype={options.dtype} --repeats={options.repeats}'
-  header = report.header(command)  # of what is running now
-  found = rows(options.model, options.dtype, options.repeats, options.allow_load)
+  models = ','.join(options.model)
+  header = report.header(
+    f'python benchmarks/dense_forward.py --model={models} --dtype={options.dtype} --repeats={options.repeats}'
+  )  # of what is running now
+  found = [
+    row for model in options.model for row in rows(model, options.dtype, options.repeats, options.allow_load)
+  ]
   workdir.write_json(pathlib.Path(options.out), {**header, 'rows': found})
 
 

@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
-from benchmarks import headline, measure, packing, report, serving, speed, turns
+from benchmarks import dense_forward, headline, measure, packing, report, serving, speed, turns
 from tokenprune_jax import ladder
 from tokenprune_jax.models import make_reducer
 
@@ -169,3 +169,18 @@ def test_load_of_others_is_refused(monkeypatch):
   with pytest.raises(SystemExit, match='0.5 cores'):
     measure.quiet()
   assert measure.quiet(allow=True) == 0.5
+
+
+@pytest.mark.torch
+def test_dense_forward_stands_beside_torch_with_equal_numbers(monkeypatch, tmp_path):
+  pytest.importorskip('torch', reason='needs torch, the peer that is compared with')
+  small = {'num_hidden_layers': 1, 'hidden_size': 24, 'intermediate_size': 48}
+  monkeypatch.setattr(dense_forward, 'MODELS', {'small': small})
+  monkeypatch.setattr(dense_forward, 'SHAPES', ((2, 16),))
+  out = tmp_path / 'found.json'
+  command = ['dense_forward.py', '--model=small', '--repeats=1', '--allow_load', f'--out={out}']
+  monkeypatch.setattr('sys.argv', command)
+  dense_forward.main()
+  [row] = report.read(out)['rows']
+  assert row['model'] == 'small 1 x 24' and row['max_difference'] < 1e-4
+  assert row['seconds'] > 0 and row['throughput_ratio'] > 0

@@ -41,7 +41,8 @@ def lines_so_far(folder):
 
 
 def newest_checkpoint(folder):
-  return max(folder.iterdir(), key=lambda path: int(path.name))
+  finished = [path for path in folder.iterdir() if path.name.isdigit()]  # a kill leaves half of one behind
+  return max(finished, key=lambda path: int(path.name))
 
 
 def outcome(folder):
