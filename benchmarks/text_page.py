@@ -135,6 +135,9 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
   ]
   for dataset in plan.seeds:
     title = CORPORA[dataset].title
+    if not dense_points(document, dataset):  # which comes before all others
+      parts.append(f'## {title}\n\n{NOT_RUN}')
+      continue
     table = trained_table(document, plan, dataset)
     parts += [f'## {title}\n\n{table}', f'![{title}]({name}_{dataset}.png)\n']
     if any(row.get('time') for row in document['rows'] if row['dataset'] == dataset):

@@ -163,6 +163,15 @@ class Texts:
     return np.arange(5, 8 + place)
 
 
+def test_a_page_shows_pictures_of_what_was_measured_alone():
+  document = {**report.header('python'), 'rows': [text_pruning.empty(text_runs.dense_row('sst2', 0), None)]}
+  told = text_page.page(document, PLAN, 'text_pruning')
+  assert '.png' not in told and f'## SST-2\n\n{text_page.NOT_RUN}' in told
+  document['rows'][0] |= fake_point(dict.fromkeys(SCORES, 0.9), 1.0, records(0.9, 0))
+  told = text_page.page(document, PLAN, 'text_pruning')
+  assert 'text_pruning_sst2.png' in told and 'text_pruning_ag_news.png' not in told
+
+
 def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch):
   study('--rows=3')
   monkeypatch.setattr(text_times, 'Trained', Small)
