@@ -158,16 +158,13 @@ def mix(
   rng: key of the dropout on the weights, when `how.dropout` > 0; evidence comes before it. Evidence has a gradient
   where masks are soft. own: see `read`.
   """
-  if (
-    how.kernel != 'plain'
-    and not how.soft
-    and not (how.dropout and rng is not None)
-    and set(how.reads) <= LIGHT
-  ):
-    mixed = fused(query, key, value, seen, bias, how.kernel)
-    return mixed, {**light(query, key, seen, updated, bias, how.reads), **sized(mixed, updated, how.reads)}
-  if not how.soft and not (how.dropout and rng is not None) and set(how.reads) <= LIGHT:
-    mixed, found = in_passes(query, key, value, seen, updated, bias, how.reads)
+  drops = how.dropout and rng is not None
+  if not how.soft and not drops and set(how.reads) <= LIGHT:
+    if how.kernel == 'plain':
+      mixed, found = in_passes(query, key, value, seen, updated, bias, how.reads)
+    else:
+      mixed = fused(query, key, value, seen, bias, how.kernel)
+      found = light(query, key, seen, updated, bias, how.reads)
     return mixed, {**found, **sized(mixed, updated, how.reads)}
   scores = scaled_scores(query, key, bias)
   exps, share = (soft_parts if how.soft else hard_parts)(scores, seen[..., None, :])
@@ -175,7 +172,7 @@ def mix(
   found = read(*(parts if how.soft else jax.lax.stop_gradient(parts)), updated, how.reads, own)
   if 'scores' in how.reads:
     found['scores'] = scores if how.soft else jax.lax.stop_gradient(scores)
-  if how.dropout and rng is not None:
+  if drops:
     exps = dropped(exps, how.dropout, rng)
   mixed = mixture(exps, share, value)
   return mixed, {**found, **sized(mixed, updated, how.reads)}
@@ -212,23 +209,26 @@ def in_passes(
 
   def some(query, updated, bias):
     exps, share = hard_parts(scaled_scores(query, key, bias), seen[..., None, :])
-    counted = jax.lax.stop_gradient(updated[:, None] * share[..., 0])
-    received = None
+    found = {}
     if 'received' in reads:  # as a product, which a CPU takes along with the pass
-      received = jnp.einsum('bhqk,bhq->bhk', jax.lax.stop_gradient(exps), counted)
-    first = jax.lax.stop_gradient(exps[:, :, 0] * share[:, :, 0]) if 'first_row' in reads else None
-    return mixture(exps, share, value), received, first
+      found['received'] = jnp.einsum('bhqk,bhq->bhk', exps, updated[:, None] * share[..., 0])
+    if 'first_row' in reads:
+      found['first_row'] = exps[:, :, 0] * share[:, :, 0]
+    return mixture(exps, share, value), jax.lax.stop_gradient(found)
 
   if count == 1:
-    mixed, received, first = some(query, updated, bias)
-  else:
-    parts = (cut(query, 2, count), cut(updated, 1, count), None if bias is None else cut(bias, 2, count))
-    mixed, received, first = jax.lax.map(lambda part: some(*part), parts)
-    mixed = jnp.moveaxis(mixed, 0, 2).reshape(b, h, -1, value.shape[-1])[:, :, :q]
-    received = None if received is None else received.sum(0)
-    first = None if first is None else first[0]
-  found = {'received': received, 'first_row': first}
-  return mixed, {name: value for name, value in found.items() if value is not None}
+    return some(query, updated, bias)
+  parts = query_parts(query, updated, bias, count)
+  mixed, found = jax.lax.map(lambda part: some(*part), parts)
+  mixed = jnp.moveaxis(mixed, 0, 2).reshape(b, h, -1, value.shape[-1])[:, :, :q]
+  return mixed, {name: part.sum(0) if name == 'received' else part[0] for name, part in found.items()}
+
+
+def query_parts(
+  query: Array, updated: Array, bias: Array | None, count: int
+) -> tuple[Array, Array, Array | None]:
+  """What belongs to the queries, in `count` parts along a first axis."""
+  return cut(query, 2, count), cut(updated, 1, count), None if bias is None else cut(bias, 2, count)
 
 
 def cut(x: Array, axis: int, count: int) -> Array:
@@ -307,7 +307,7 @@ def light(
       exps, share = hard_parts(scaled_scores(query, key, bias), seen[:, :, None])
       return total + over_queries(exps, updated[:, None] * share[..., 0]), None
 
-    parts = cut(query, 2, count), cut(updated, 1, count), None if bias is None else cut(bias, 2, count)
+    parts = query_parts(query, updated, bias, count)
     found['received'] = jax.lax.scan(add, jnp.zeros((b, h, key.shape[2])), parts)[0]
   return jax.lax.stop_gradient(found)
 
