@@ -25,20 +25,16 @@ from tokenprune_jax.models import make_reducer
 from tokenprune_jax.reducer import Inputs
 
 SHAPES = ((8, 128), (8, 512), (1, 512))
-MODELS: dict[str, dict] = {
-  'bert': {},
-  'minilm': {'num_hidden_layers': 6, 'hidden_size': 384, 'intermediate_size': 1536},
-}  # both with 12 heads
+MODELS = {'bert': speed.CONFIGS['base'], 'minilm': speed.CONFIGS['minilm']}
 
 
 def torch_encoder(model: str, dtype: str):
   """(module, folder with its weights): a BERT with random weights and SDPA."""
   import torch
-  from transformers import BertConfig, BertModel, BertTokenizer
+  from transformers import BertTokenizer
 
   torch.manual_seed(0)
-  config = BertConfig(attn_implementation='sdpa', **MODELS[model])
-  module = BertModel(config, add_pooling_layer=False).eval()
+  module = speed.torch_peer(MODELS[model])
   folder = tempfile.mkdtemp()
   module.save_pretrained(folder)
   BertTokenizer(vocab={'[PAD]': 0, '[UNK]': 1, '[CLS]': 2, '[SEP]': 3, '[MASK]': 4}).save_pretrained(folder)

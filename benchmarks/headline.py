@@ -110,12 +110,8 @@ def torch_ways(rows: Sequence[np.ndarray], batches: Sequence[dict], shape: Any) 
   if importlib.util.find_spec('torch') is None:
     return {}
   import torch
-  from transformers import BertConfig, BertModel
 
-  peer = BertModel(
-    BertConfig(hidden_size=shape.width, num_hidden_layers=shape.depth, num_attention_heads=shape.heads,
-               intermediate_size=shape.hidden, attn_implementation='sdpa'), add_pooling_layer=False,
-  ).eval()  # fmt: skip
+  peer = speed.torch_peer(shape)
 
   def way(inputs):
     tensors = [(torch.from_numpy(ids).long(), torch.from_numpy(mask)) for ids, mask in inputs]

@@ -128,15 +128,12 @@ def torch_ways(config: EncoderConfig, batch: dict, dtype: str) -> turns.Makers:
   if importlib.util.find_spec('torch') is None:
     return {}
   import torch
-  from transformers import BertConfig, BertModel
 
   ids = torch.from_numpy(batch['ids']).long()
   mask = torch.ones_like(ids)
-  shape = {'hidden_size': config.width, 'num_hidden_layers': config.depth, 'intermediate_size': config.hidden}
 
   def program(attention):
-    peer = BertModel(BertConfig(**shape, attn_implementation=attention), add_pooling_layer=False)
-    peer = peer.eval().to(getattr(torch, dtype))
+    peer = torch_peer(config, attention).to(getattr(torch, dtype))
 
     def run():
       with torch.inference_mode():
@@ -145,6 +142,15 @@ def torch_ways(config: EncoderConfig, batch: dict, dtype: str) -> turns.Makers:
     return run
 
   return {f'torch_{name}': functools.partial(program, name) for name in ('eager', 'sdpa')}
+
+
+def torch_peer(config: EncoderConfig, attention: str = 'sdpa') -> Any:
+  """`transformers`' BERT of the shape of `config`, random weights, for inference. attention: 'sdpa' or 'eager'."""
+  from transformers import BertConfig, BertModel
+
+  shape = {'hidden_size': config.width, 'num_hidden_layers': config.depth, 'num_attention_heads': config.heads,
+           'intermediate_size': config.hidden}  # fmt: skip
+  return BertModel(BertConfig(**shape, attn_implementation=attention), add_pooling_layer=False).eval()
 
 
 def chosen(options: argparse.Namespace, wanted: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -174,7 +174,7 @@ def test_load_of_others_is_refused(monkeypatch):
 @pytest.mark.torch
 def test_dense_forward_stands_beside_torch_with_equal_numbers(monkeypatch, tmp_path):
   pytest.importorskip('torch', reason='needs torch, the peer that is compared with')
-  small = {'num_hidden_layers': 1, 'hidden_size': 24, 'intermediate_size': 48}
+  small = speed.dataclasses.replace(speed.CONFIGS['minilm'], width=24, depth=1, hidden=48)
   monkeypatch.setattr(dense_forward, 'MODELS', {'small': small})
   monkeypatch.setattr(dense_forward, 'SHAPES', ((2, 16),))
   out = tmp_path / 'found.json'
