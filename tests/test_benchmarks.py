@@ -111,6 +111,14 @@ def test_the_headline_is_chosen_on_validation_and_never_on_test():
   assert headline.headline([rows[0], rows[2]]) is None
 
 
+def test_points_of_the_headline_are_chosen_by_a_part_of_their_name():
+  names = [setting.name for setting in headline.wanted(['80%', 'layer 3'], 'imdb', 'runs')]
+  assert names == ['top-k, 80% to 5%', 'combining at layer 3']
+  assert headline.wanted([], 'imdb', 'runs') == list(headline.settings('imdb'))
+  with pytest.raises(SystemExit, match="no setting has 'layer 9' in its name; there are dense, "):
+    headline.wanted(['80%', 'layer 9'], 'imdb', 'runs')
+
+
 def test_settings_of_the_headline_fit_the_model():
   for setting in headline.settings('bbc'):
     make_reducer(setting.spec).check(6, 12)
