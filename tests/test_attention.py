@@ -129,23 +129,30 @@ def test_the_fused_kernel_and_its_light_evidence_equal_the_plain_ones(per_head, 
   assert mix(query, key, value, seen, updated, bias, None, whole)[1]['weights'].shape == (3, 2, queries, 7)
 
 
-@pytest.mark.parametrize('per_head', [False, True])
-def test_passes_equal_one_pass_in_values_evidence_and_gradient(per_head, monkeypatch):
-  query, key, value, seen, updated, bias = arrays(per_head)
+@pytest.mark.parametrize(
+  ('limit', 'examples', 'heads', 'per_head', 'biases'),
+  [(4, 2, 2, True, 4), (2, 1, 2, False, 1), (1, 1, 1, True, 1), (1, 1, 1, False, 4), (0, 1, 1, True, 0)],
+)
+def test_passes_equal_one_pass_in_values_evidence_and_gradient(
+  limit, examples, heads, per_head, biases, monkeypatch
+):
+  *states, bias = arrays(per_head)
+  query, key, value, seen, updated = (x[[0, 1, 2, 1]] for x in states)
+  bias = np.concatenate([(row + 1) * bias for row in range(biases)]) if biases else None
   how = Mixing(('received', 'first_row'))
 
-  def total(query, key, value, bias):
+  def total(query, key, value, bias=bias):
     mixed, _ = mix(query, key, value, seen, updated, bias, None, how)
     return (mixed * jnp.arange(mixed.size).reshape(mixed.shape)).sum()
 
   def found():
     values = mix(query, key, value, seen, updated, bias, None, how)
-    return values, jax.grad(total, (0, 1, 2, 3))(query, key, value, bias)
+    return values, jax.grad(total, (0, 1, 2, 3) if biases else (0, 1, 2))(query, key, value, bias)
 
   whole = found()
   monkeypatch.setattr(attention, 'CACHED_ENTRIES', 0)
-  monkeypatch.setattr(attention, 'HEAD_ENTRIES', 3 * 7)
-  assert attention.pass_rows(6, 7, 7) == 3  # three passes of 3 queries, the last one not full
+  monkeypatch.setattr(attention, 'PASS_ENTRIES', limit * 7 * 7)
+  assert attention.in_pass(4, 2, 7 * 7) == (examples, heads)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), whole, found())
 
 

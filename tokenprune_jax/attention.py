@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenprune_jax.layers import dropped
 
 LIGHT = {'received', 'first_row', 'magnitude'}  # evidence that needs no whole attention map
-CACHED_ENTRIES = 3 * 2**20  # of all attention maps of a pass: what is above goes in passes
-HEAD_ENTRIES = 2**16  # of one attention map in such a pass
+CACHED_ENTRIES = 3 * 2**20  # of all attention maps together: what is above goes in passes
+PASS_ENTRIES = 3 * 2**19  # of the attention maps of one such pass
 PASS = 128  # queries of one pass beside a fused kernel
 UNSEEN = -1e9  # added to a score whose key is not seen: its exponential is 0 to the bit
 EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything hard, where it is at least 1
@@ -187,11 +187,17 @@ def mixture(
   )
 
 
-def pass_rows(maps: int, q: int, k: int) -> int:
-  """Queries of one pass over k keys, of `maps` attention maps: on a CPU so few that a pass stays in the cache."""
-  if jax.default_backend() != 'cpu' or maps * q * k <= CACHED_ENTRIES:
-    return q
-  return min(q, max(1, HEAD_ENTRIES // k))
+def in_pass(b: int, h: int, entries: int) -> tuple[int, int]:
+  """(examples, heads) of one pass, divisors of b and h: on a CPU so few that their maps of `entries` stay in the cache."""
+  if jax.default_backend() != 'cpu' or b * h * entries <= CACHED_ENTRIES:
+    return b, h
+  rows = most(b, PASS_ENTRIES // (h * entries))
+  return (rows, h) if rows else (1, most(h, PASS_ENTRIES // entries) or 1)
+
+
+def most(count: int, limit: int) -> int:
+  """The largest divisor of `count` that is at most `limit`; 0 where there is none."""
+  return max((part for part in range(1, count + 1) if count % part == 0 and part <= limit), default=0)
 
 
 def in_passes(
@@ -203,11 +209,12 @@ def in_passes(
   bias: Float[Array, '#b #h q k'] | None,
   reads: tuple[str, ...],
 ) -> tuple[Float[Array, 'b h q e'], dict[str, Array]]:
-  """`mix` for a hard `seen` and evidence of LIGHT, a few queries at a time: no whole map is kept for inference."""
+  """`mix` for a hard `seen` and evidence of LIGHT, a few maps at a time: for inference they are not all kept."""
   b, h, q, _ = query.shape
-  count = -(-q // pass_rows(b * h, q, key.shape[2]))
+  rows, heads = in_pass(b, h, q * key.shape[2])
 
-  def some(query, updated, bias):
+  def some(states, bias, updated):
+    query, key, value, seen = states
     exps, share = hard_parts(scaled_scores(query, key, bias), seen[..., None, :])
     found = {}
     if 'received' in reads:  # as a product, which a CPU takes along with the pass
@@ -216,12 +223,24 @@ def in_passes(
       found['first_row'] = exps[:, :, 0] * share[:, :, 0]
     return mixture(exps, share, value), jax.lax.stop_gradient(found)
 
-  if count == 1:
-    return some(query, updated, bias)
-  parts = query_parts(query, updated, bias, count)
-  mixed, found = jax.lax.map(lambda part: some(*part), parts)
-  mixed = jnp.moveaxis(mixed, 0, 2).reshape(b, h, -1, value.shape[-1])[:, :, :q]
-  return mixed, {name: part.sum(0) if name == 'received' else part[0] for name, part in found.items()}
+  if (rows, heads) == (b, h):
+    return some((query, key, value, seen), bias, updated)
+
+  def split(x, rows=rows):  # [b h …] -> [b / rows, h / heads, rows, heads, …]
+    x = jnp.broadcast_to(x, (x.shape[0], h, *x.shape[2:]))
+    return x.reshape(-1, rows, h // heads, heads, *x.shape[2:]).swapaxes(1, 2)
+
+  shared = bias is not None and bias.shape[0] == 1
+  common = split(bias, 1)[0] if shared else None
+
+  def examples(given):
+    states, own, updated = given
+    return jax.lax.map(lambda part: some(*part, updated), (states, common if shared else own))
+
+  states = tuple(split(x) for x in (query, key, value, seen))
+  own = None if shared or bias is None else split(bias)
+  found = jax.lax.map(examples, (states, own, updated.reshape(-1, rows, q)))
+  return jax.tree.map(lambda x: x.swapaxes(1, 2).reshape(b, h, *x.shape[4:]), found)
 
 
 def query_parts(
