@@ -7,7 +7,7 @@ Writes results/speed.json and .md. Methods that take a budget are set to `--budg
 faster of the plain program and the one that works on groups of rows that stay in the cache; a method is compared with it.
 Methods whose counts depend on the data run under `serve`, everything on the host included, on random weights: for real
 documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where it is not installed its
-columns are null. The same command goes on with the shapes that are not measured yet.
+columns are null. The same command goes on with the rows that are not measured yet.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import itertools
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 sys.path.insert(
@@ -36,6 +36,7 @@ from tokenprune_jax.models import Classifier, make_reducer
 
 LABELS = 2
 EXECUTORS = ('mask', 'compact', 'serve')
+DENSE = {'dense_whole': 0, 'dense_grouped': -1}  # the `group_slots` of dense
 CONFIGS = {
   'base': EncoderConfig(dropout=0.0, attention_dropout=0.0),
   'minilm': EncoderConfig(width=384, depth=6, hidden=1536, dropout=0.0, attention_dropout=0.0),
@@ -153,20 +154,24 @@ def torch_peer(config: EncoderConfig, attention: str = 'sdpa') -> Any:
   return BertModel(BertConfig(**shape, attn_implementation=attention), add_pooling_layer=False).eval()
 
 
-def chosen(options: argparse.Namespace, wanted: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """(method, executor) of every row that was asked for. Removing under `compact` needs counts that are fixed."""
+def chosen(options: argparse.Namespace, wanted: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+  """{name of the row: (method, executor)}, all that were asked for. Removing under `compact` needs counts that are fixed."""
   pairs = [
     (name, executor)
     for name in options.methods or wanted
     for executor in options.executor or (wanted[name][1],)
   ]
-  return [
-    (name, executor) for name, executor in pairs if executor != 'compact' or wanted[name][1] == 'compact'
-  ]
+  return {
+    name if executor == wanted[name][1] else f'{name} ({executor})': (name, executor)
+    for name, executor in pairs
+    if executor != 'compact' or wanted[name][1] == 'compact'
+  }
 
 
-def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> list[dict[str, Any]]:
-  """The rows of one shape."""
+def cell(
+  options: argparse.Namespace, dtype: str, length: int, batch: int, missing: Collection[str]
+) -> Iterator[dict[str, Any]]:
+  """The rows of one shape named in `missing`, each when it is measured."""
   config = dataclasses.replace(CONFIGS[options.model], dtype=dtype)
   given = rows_of(batch, length, config.vocab_size)
   wanted, plain = specs(config.depth), make_reducer({'name': 'none'})
@@ -186,7 +191,7 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
     macs[key] = served.macs
     return served
 
-  ways = {'dense_whole': functools.partial(dense_way, 0), 'dense_grouped': functools.partial(dense_way, -1)}
+  ways = {name: functools.partial(dense_way, slots) for name, slots in DENSE.items()}
   seen: list[tuple[turns.Turn, dict[str, Any]]] = []
 
   def about(turn: turns.Turn) -> dict[str, Any]:
@@ -206,27 +211,21 @@ def cell(options: argparse.Namespace, batch: int, length: int, dtype: str) -> li
     )
   }
   torch = {name: peers.get(name) for name in ('torch_eager', 'torch_sdpa')}
-  found: list[dict[str, Any]] = []
 
-  def note(turn: turns.Turn, more: dict[str, Any], executor: str, against: float) -> None:
+  def row(turn: turns.Turn, more: dict[str, Any], executor: str, against: float) -> dict[str, Any]:
     times = turns.compared(turn, against, macs.get(turn.name, 1.0))
-    found.append({
+    return {
       'model': options.model, 'method': turn.name, 'executor': executor, 'batch': batch, 'length': length, 'dtype': dtype,
       **times, **{f'{name}_seconds': peer and peer * times['dense_seconds'] for name, peer in torch.items()},
       **{f'{name}_ratio': peer and peer * times['time_ratio'] for name, peer in torch.items()}, **more,
-    })  # fmt: skip
-    print(line(found[-1]), flush=True)
+    }  # fmt: skip
 
-  for turn, more in seen:
-    note(turn, more, 'mask', seconds)
-  executors, makers = {}, {}
-  for name, executor in chosen(options, wanted):
-    key = name if executor == wanted[name][1] else f'{name} ({executor})'
-    executors[key], makers[key] = executor, functools.partial(program, key, name, executor)
+  yield from (row(turn, more, 'mask', seconds) for turn, more in seen if turn.name in missing)
+  asked = {key: pair for key, pair in chosen(options, wanted).items() if key in missing}
+  makers = {key: functools.partial(program, key, *pair) for key, pair in asked.items()}
   for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
-    note(turn, about(turn), executors[turn.name], turn.times[dense.name]['seconds'])
+    yield row(turn, about(turn), asked[turn.name][1], turn.times[dense.name]['seconds'])
   dense.give_up()
-  return found
 
 
 def line(row: dict[str, Any]) -> str:
@@ -308,13 +307,18 @@ def main() -> None:
     parser.error(f'--executor: there is no {wrong[0]!r}; choose from {", ".join(EXECUTORS)}')
   path = pathlib.Path(options.out)
   command = shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
-  cells = list(itertools.product(options.dtype, options.length, options.batch))
+  names = [*DENSE, *chosen(options, specs(CONFIGS[options.model].depth))]
   header, rows, missing = report.resumed(
-    path, command, lambda row: (row['dtype'], row['length'], row['batch']), cells
+    path,
+    command,
+    lambda row: (row['dtype'], row['length'], row['batch'], row['method']),
+    list(itertools.product(options.dtype, options.length, options.batch, names)),
   )
-  for dtype, length, batch in missing:
-    rows += [{**row, 'commit': header['commit']} for row in cell(options, batch, length, dtype)]
-    workdir.write_json(path, {**header, 'rows': rows})  # what was measured is kept
+  for shape, lacking in itertools.groupby(missing, lambda item: item[:3]):
+    for row in cell(options, *shape, {item[3] for item in lacking}):
+      print(line(row), flush=True)
+      rows.append({**row, 'commit': header['commit']})
+      workdir.write_json(path, {**header, 'rows': rows})  # what was measured is kept
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}{break_even(rows)}\n{report.origin(header)}')
   title, plot = f'Speed on full rows, {options.model}', path.with_suffix('.png')
   if len(options.length) > 2 and len(options.batch) == len(options.dtype) == 1:

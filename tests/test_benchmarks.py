@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: layouts, choices and tables, on made-up numbers."""
 
 import argparse
+import sys
 import time
 import weakref
 
@@ -87,9 +88,38 @@ def test_break_even_is_the_length_from_which_on_a_method_stays_faster():
 def test_executors_that_were_asked_for():
   wanted = speed.specs(12)
   options = argparse.Namespace(methods=['topk', 'threshold'], executor=[])
-  assert speed.chosen(options, wanted) == [('topk', 'compact'), ('threshold', 'serve')]
+  found = speed.chosen(options, wanted)
+  assert found == {'topk': ('topk', 'compact'), 'threshold': ('threshold', 'serve')}
   options.executor = ['mask', 'compact']
-  assert speed.chosen(options, wanted) == [('topk', 'mask'), ('topk', 'compact'), ('threshold', 'mask')]
+  found = speed.chosen(options, wanted)
+  assert list(found) == ['topk (mask)', 'topk', 'threshold (mask)']
+  assert found['topk (mask)'] == ('topk', 'mask') and found['topk'] == ('topk', 'compact')
+
+
+def test_speeds_go_on_with_the_rows_that_a_stopped_command_lacks(monkeypatch, tmp_path):
+  asked = []
+
+  def stopped(options, dtype, length, batch, missing):
+    for method in [name for name in ('dense_whole', 'dense_grouped', 'topk', 'student') if name in missing]:
+      asked.append((length, method))
+      if asked == [(16, 'dense_whole'), (16, 'dense_grouped'), (16, 'topk')]:
+        raise KeyboardInterrupt
+      times = {'executor': 'mask', 'seconds': 1.0, 'efficiency': 1.0, 'torch_sdpa_ratio': None}
+      yield {**point(method, batch, length, 1.0), 'dtype': dtype, **times}
+
+  monkeypatch.setattr(speed, 'cell', stopped)
+  out = tmp_path / 'speed.json'
+  command = ['speed.py', '--batch=1', '--length=16,32', '--methods=topk,student', f'--out={out}']
+  monkeypatch.setattr(sys, 'argv', command)
+  with pytest.raises(KeyboardInterrupt):
+    speed.main()
+  assert [row['method'] for row in report.read(out)['rows']] == ['dense_whole', 'dense_grouped']
+  speed.main()
+  names = ['dense_whole', 'dense_grouped', 'topk', 'student']
+  assert asked[3:] == [(16, 'topk'), (16, 'student'), *((32, name) for name in names)]
+  assert [(row['length'], row['method']) for row in report.read(out)['rows']] == [
+    (length, name) for length in (16, 32) for name in names
+  ]
 
 
 def test_the_headline_is_chosen_on_validation_and_never_on_test():

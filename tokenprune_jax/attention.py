@@ -235,7 +235,8 @@ def in_passes(
 
   def examples(given):
     states, own, updated = given
-    return jax.lax.map(lambda part: some(*part, updated), (states, common if shared else own))
+    parts = states, common if shared else own
+    return jax.lax.map(lambda part: some(part[0], part[1], updated), parts)
 
   states = tuple(split(x) for x in (query, key, value, seen))
   own = None if shared or bias is None else split(bias)
