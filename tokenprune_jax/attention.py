@@ -188,8 +188,12 @@ def mixture(
 
 
 def in_pass(b: int, h: int, entries: int) -> tuple[int, int]:
-  """(examples, heads) of one pass, divisors of b and h: on a CPU so few that their maps of `entries` stay in the cache."""
-  if jax.default_backend() != 'cpu' or b * h * entries <= CACHED_ENTRIES:
+  """(examples, heads) of one pass, divisors of b and h: on one CPU device so few that their maps stay in the cache.
+
+  entries: of one map. A batch that is spread over devices must not be walked through in order.
+  """
+  one = jax.default_backend() == 'cpu' and jax.device_count() == 1
+  if not one or b * h * entries <= CACHED_ENTRIES:
     return b, h
   rows = most(b, PASS_ENTRIES // (h * entries))
   return (rows, h) if rows else (1, most(h, PASS_ENTRIES // entries) or 1)
