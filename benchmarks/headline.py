@@ -39,7 +39,7 @@ LONGEST = 512  # tokens that the model reads
 ALLOWED_LOSS = 0.005  # on the validation split
 HALF = (0.95, 0.05)  # ends of the shares that top-k is trained with, at about that part of the cost
 THIRD = (0.65, 0.02)
-ENDS = {(0.95, 0.2): HALF, HALF: HALF, (0.8, 0.05): THIRD, THIRD: THIRD}
+ENDS = {(0.95, 0.2): HALF, HALF: HALF, (0.9, 0.05): HALF, (0.8, 0.05): THIRD, THIRD: THIRD}
 LAYERS = {3: 'c_third', 4: 'c_early', 5: 'c_late'}  # that combining replaces, and its runs
 # As configs/bbc_fuzzy.py; others are trained as IMDB.
 RECIPE = {'bbc': ('optimizer.learning_rate=1e-4', 'stages[0].epochs=3')}
