@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tokenprune_jax.grouping import largest_divisor, on_one_cpu
 from tokenprune_jax.layers import dropped
 
 LIGHT = {'received', 'first_row', 'magnitude'}  # evidence that needs no whole attention map
@@ -192,16 +193,10 @@ def in_pass(b: int, h: int, entries: int) -> tuple[int, int]:
 
   entries: of one map. A batch that is spread over devices must not be walked through in order.
   """
-  one = jax.default_backend() == 'cpu' and jax.device_count() == 1
-  if not one or b * h * entries <= CACHED_ENTRIES:
+  if not on_one_cpu() or b * h * entries <= CACHED_ENTRIES:
     return b, h
-  rows = most(b, PASS_ENTRIES // (h * entries))
-  return (rows, h) if rows else (1, most(h, PASS_ENTRIES // entries) or 1)
-
-
-def most(count: int, limit: int) -> int:
-  """The largest divisor of `count` that is at most `limit`; 0 where there is none."""
-  return max((part for part in range(1, count + 1) if count % part == 0 and part <= limit), default=0)
+  rows = largest_divisor(b, PASS_ENTRIES // (h * entries))
+  return (rows, h) if rows else (1, largest_divisor(h, PASS_ENTRIES // entries) or 1)
 
 
 def in_passes(
@@ -246,13 +241,6 @@ def in_passes(
   own = None if shared or bias is None else split(bias)
   found = jax.lax.map(examples, (states, own, updated.reshape(-1, rows, q)))
   return jax.tree.map(lambda x: x.swapaxes(1, 2).reshape(b, h, *x.shape[4:]), found)
-
-
-def query_parts(
-  query: Array, updated: Array, bias: Array | None, count: int
-) -> tuple[Array, Array, Array | None]:
-  """What belongs to the queries, in `count` parts along a first axis."""
-  return cut(query, 2, count), cut(updated, 1, count), None if bias is None else cut(bias, 2, count)
 
 
 def cut(x: Array, axis: int, count: int) -> Array:
@@ -331,7 +319,7 @@ def light(
       exps, share = hard_parts(scaled_scores(query, key, bias), seen[:, :, None])
       return total + over_queries(exps, updated[:, None] * share[..., 0]), None
 
-    parts = query_parts(query, updated, bias, count)
+    parts = cut(query, 2, count), cut(updated, 1, count), None if bias is None else cut(bias, 2, count)
     found['received'] = jax.lax.scan(add, jnp.zeros((b, h, key.shape[2])), parts)[0]
   return jax.lax.stop_gradient(found)
 

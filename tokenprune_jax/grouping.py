@@ -19,10 +19,20 @@ def group_rows(group_slots: int, shape: tuple[int, ...], train: bool) -> int:
   b, n = shape[:2]
   limit = group_slots
   if limit < 0:
-    limit = CACHED_SLOTS if jax.default_backend() == 'cpu' and jax.device_count() == 1 else 0
+    limit = CACHED_SLOTS if on_one_cpu() else 0
   if train or not limit:
     return b
-  return max((rows for rows in range(1, b + 1) if b % rows == 0 and rows * n <= limit), default=1)
+  return largest_divisor(b, limit // n) or 1
+
+
+def on_one_cpu() -> bool:
+  """Whether programs run on one CPU device: only there is walking through a batch in order a gain."""
+  return jax.default_backend() == 'cpu' and jax.device_count() == 1
+
+
+def largest_divisor(count: int, limit: int) -> int:
+  """The largest divisor of `count` that is at most `limit`; 0 where there is none."""
+  return max((part for part in range(1, count + 1) if count % part == 0 and part <= limit), default=0)
 
 
 def in_groups(function: Callable, block: nn.Module, tokens: Tokens, bias, rows: int):
