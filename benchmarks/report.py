@@ -134,6 +134,25 @@ def correctness(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   return {'examples': len(records), 'correct': np.packbits(right).tobytes().hex(), 'split_digest': digest}
 
 
+def by_length(records: Sequence[Mapping[str, Any]], limits: Sequence[int | None]) -> list[dict[str, Any]]:
+  """Accuracy and mean multiply-adds of the texts up to each length in tokens, and above the one before (None: all above).
+
+  Classes alone, no tags; both are null where no text is that long.
+  """
+  length, macs = (np.array([record[key] for record in records]) for key in ('length', 'macs'))
+  hit = np.array([record['label'] == record['prediction'] for record in records])
+  found, below = [], 0
+  for limit in limits:
+    inside = (length > below) & (length <= (np.inf if limit is None else limit))
+    below = limit or below
+    some = bool(inside.any())
+    found.append({
+      'longest': limit, 'examples': int(inside.sum()), 'accuracy': float(hit[inside].mean()) if some else None,
+      'macs': float(macs[inside].mean()) if some else None,
+    })  # fmt: skip
+  return found
+
+
 def right(row: Mapping[str, Any]) -> np.ndarray:
   """[N] bool of `correctness`."""
   bits = np.unpackbits(np.frombuffer(bytes.fromhex(row['correct']), np.uint8))

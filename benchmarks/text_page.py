@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, PAPERS, UNTRAINED, Plan, dense_row
+from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, PAPERS, TRAINED_AT, UNTRAINED, Plan, dense_row
 from tokenprune_jax import metrics
 
 NOT_RUN = 'Not run yet.\n'
@@ -33,7 +33,8 @@ def best_on_validation(document: Mapping[str, Any], plan: Plan, dataset: str) ->
   """The method with the highest validation accuracy as trained, mean over seeds, of those that all seeds ran."""
   found = {
     name: np.mean([row['valid']['accuracy'] for row in points])
-    for name in plan.main if len(points := of(document, dataset, name, 'trained', None)) == len(plan.seeds[dataset])
+    for name in plan.methods(dataset)
+    if len(points := of(document, dataset, name, 'trained', None)) == len(plan.seeds[dataset])
   }  # fmt: skip
   return max(found, key=lambda name: found[name]) if found else None
 
@@ -103,12 +104,36 @@ def quartile_table(document: Mapping[str, Any]) -> str:
     return NOT_RUN
   lines = [['', *(f'up to {part["longest"]} tokens' for part in found['dense'])]]
   for name, parts in found.items():
-    cells = [
-      f'{100 * part["accuracy"]:.1f} ({part["macs"] / dense["macs"]:.2f})'
-      for part, dense in zip(parts, found['dense'])
-    ]
+    cells = [share_of(part, dense) for part, dense in zip(parts, found['dense'])]
     lines.append(['dense' if name == 'dense' else METHODS[name].title, *cells])
   return report.table(lines)
+
+
+def length_table(document: Mapping[str, Any], dataset: str) -> str:
+  """Accuracy (multiply-adds beside dense's on the same texts) by length, at about the cost that was trained for."""
+  [dense] = [point['by_length'] for point in dense_points(document, dataset) if not point['seed']]
+  limits, head = [part['longest'] for part in dense], []
+  for below, limit, part in zip([0, *limits], limits, dense):
+    head.append(f'{below + 1} to {limit} tokens' if limit else f'more than {below} tokens')
+    head[-1] += f' ({part["examples"]})'
+  lines = [['', 'MACs', *head]]
+  for name, method in METHODS.items():
+    for variant, budget in (('set', TRAINED_AT), ('trained', None)):
+      points = [point for point in of(document, dataset, name, variant, budget) if not point['seed']]
+      if points:
+        parts = zip(points[0]['by_length'], dense)
+        lines.append(
+          [method.title, report.number(points[0]['mac_ratio']), *(share_of(*pair) for pair in parts)]
+        )
+        break
+  return report.table(lines)
+
+
+def share_of(part: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+  """Accuracy (share of dense's multiply-adds) of the texts of some length."""
+  if not part['examples']:
+    return '–'
+  return f'{100 * part["accuracy"]:.1f} ({part["macs"] / dense["macs"]:.2f})'
 
 
 def not_measured(document: Mapping[str, Any]) -> str:
@@ -128,9 +153,9 @@ def not_measured(document: Mapping[str, Any]) -> str:
 def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
   """results/NAME.md."""
   parts = [
-    f'# {plan.title}\n\nMiniLM-L6 (6 x 384), [CLS] read-out; every method starts from the same dense fine-tunes. '
-    'Accuracy on the test split, in percent; MACs and keys kept count real tokens. *times dense*: throughput of seed 0 on '
-    'the clock, beside the fastest dense. *the paper*: its accuracy (and dense beside it) at its share of the cost, of a '
+    f'# {plan.title}\n\nMiniLM-L6 (6 x 384) where no other is named, [CLS] read-out; all start from the same dense '
+    'fine-tunes. Accuracy on the test split, in percent; MACs and keys kept count real tokens. *times dense*: '
+    'throughput of seed 0 on the clock, beside the fastest dense. *the paper*: its accuracy (and dense beside it) at its share of the cost, of a '
     'model twice as deep and twice as wide.\n'
   ]
   for dataset in plan.seeds:
@@ -142,6 +167,9 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
     parts += [f'## {title}\n\n{table}', f'![{title}]({name}_{dataset}.png)\n']
     if any(row.get('time') for row in document['rows'] if row['dataset'] == dataset):
       parts.append(f'![{title}, on the clock]({name}_{dataset}_time.png)\n')
+    if plan.lengths:
+      told = "Accuracy and share of dense's multiply-adds by length (number of texts), seed 0:"
+      parts.append(f'{told}\n\n{length_table(document, dataset)}')
   parts += [extra_page(document)] if plan.extras else []
   return '\n'.join([*parts, not_measured(document), report.origin(document)])
 

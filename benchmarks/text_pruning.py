@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import accuracy, report, speed, text_page
 from benchmarks.studies import Row
 from benchmarks.text_runs import (
+  CORPORA,
   KEEP,
   MIXES,
   PLANS,
@@ -54,8 +55,9 @@ FIXED = ('dense', 'dense_cls', 'dense_more', 'student', 'student_third')  # whos
 # ------------------------------------------------------------------------------------------------------ Points
 def empty(row: Row, budget: float | None) -> dict[str, Any]:
   """A point that was not measured. budget: None as trained."""
+  model = CORPORA[row.dataset].weights if row.dataset in CORPORA else accuracy.MODEL
   return {
-    'dataset': row.dataset, 'model': 'minilm-l6', 'method': row.name, 'variant': 'trained' if budget is None else 'set',
+    'dataset': row.dataset, 'model': model, 'method': row.name, 'variant': 'trained' if budget is None else 'set',
     'name': row.name, 'seed': row.seed, 'split': 'test', 'budget': budget, 'reducer': None, 'valid': None, 'reachable': True,
     'reason': report.NOT_RUN, **dict.fromkeys(accuracy.MEASURED),
   }  # fmt: skip
@@ -178,19 +180,12 @@ def divergences(dense: Trained, approx: Mapping[str, Any]) -> dict[str, float]:
   return found
 
 
-def quartiles(folder: pathlib.Path) -> list[dict[str, float]]:
+def quartiles(folder: pathlib.Path) -> list[dict[str, Any]]:
   """Accuracy and cost by quartile of length, of a run's own test predictions."""
   lines = (folder / 'predictions_test.jsonl').read_text(encoding='utf-8').splitlines()
-  records = sorted((json.loads(line) for line in lines), key=lambda record: record['length'])
-  parts = np.array_split(np.arange(len(records)), QUARTERS)
-  return [
-    {
-      'longest': records[part[-1]]['length'],
-      'accuracy': float(np.mean([records[i]['label'] == records[i]['prediction'] for i in part])),
-      'macs': float(np.mean([records[i]['macs'] for i in part])),
-    }
-    for part in parts
-  ]
+  records = [json.loads(line) for line in lines]
+  lengths = sorted(record['length'] for record in records)
+  return report.by_length(records, [int(part[-1]) for part in np.array_split(lengths, QUARTERS)])
 
 
 # -------------------------------------------------------------------------------------------------------- Queue

@@ -4,7 +4,7 @@ import argparse
 import gzip
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +24,18 @@ class Corpus(NamedTuple):
   buckets: tuple[int, ...]
   epochs: int
   limit: int = 0  # training texts that are sampled; 0: all
+  folder: str = ''  # of its files, where that is not named as it is
+  weights: str = 'minilm-l6'
+  learning_rate: float = 1e-4  # of the dense fine-tune
 
 
 CORPORA = {
   'sst2': Corpus('SST-2', 64, (16, 32, 64), 3, 10_000),
   'ag_news': Corpus('AG News', 128, (48, 64, 96, 128), 3),
-  'ag_short': Corpus('AG News, trained on its shorter half', 128, (48, 64, 96, 128), 3),
+  'ag_short': Corpus('AG News, trained on its shorter half', 128, (48, 64, 96, 128), 3, folder='ag_news'),
+  'ag_mpnet': Corpus(
+    'AG News, MPNet-base (12 x 768)', 128, (48, 64, 96, 128), 3, 2_000, 'ag_news', 'mpnet-base', 3e-5
+  ),
   'rotten_tomatoes': Corpus('Rotten Tomatoes', 64, (16, 32, 48, 64), 3),
   'bbc': Corpus('BBC News', 256, (64, 128, 192, 256), 3),
 }
@@ -81,7 +87,8 @@ PAPERS = {
 class Plan(NamedTuple):
   """A study. main: the methods that run on every seed, others on the first alone; budgets: what all are set to.
 
-  extras: what only the study of pruning asks: dense checkpoints without training, and longer texts than trained on.
+  few: the methods of datasets that run no others; lengths: whether gains are told by the texts' length; extras: what only
+  the study of pruning asks: dense checkpoints without training, and longer texts than trained on.
   """
 
   title: str
@@ -89,7 +96,13 @@ class Plan(NamedTuple):
   main: tuple[str, ...]
   others: tuple[str, ...]
   budgets: tuple[float, ...]  # shares of dense's multiply-adds, in the order in which they are worth having
+  few: Mapping[str, tuple[str, ...]] = {}
+  lengths: bool = False
   extras: bool = False
+
+  def methods(self, dataset: str) -> tuple[str, ...]:
+    """Those that run on every seed of a dataset."""
+    return self.few.get(dataset, self.main)
 
 
 ALL = (0, 1, 2)
@@ -116,10 +129,12 @@ PLANS = {
   ),
   'exits': Plan(
     'Exits, pruning, and both',
-    {'ag_news': ALL, 'bbc': (0,), 'rotten_tomatoes': (0,)},
+    {'ag_news': ALL, 'bbc': (0,), 'rotten_tomatoes': (0,), 'ag_mpnet': (0,)},
     ('ltp', 'exits', 'fastbert', 'pyramid', 'student'),
     (),
     (0.4, 0.25, 0.6, 0.15, 0.8, 0.5, 0.3),
+    few={'ag_mpnet': ('exits', 'pyramid')},
+    lengths=True,
   ),
 }
 
@@ -139,7 +154,7 @@ def dense_row(dataset: str, seed: int) -> Row:
   corpus = CORPORA[dataset]
   if dataset == 'bbc':
     return Row('bbc', 'dense_cls', 'dense', seed, ('task.readout=cls',), timed=False)
-  folder = f'{{data}}/{dataset.replace("ag_short", "ag_news")}'
+  folder = f'{{data}}/{corpus.folder or dataset}'
   data = {split: f'{folder}/{split}.jsonl.gz' for split in ('train', 'valid', 'test')}
   if dataset == 'ag_short':
     data['train'] = '{runs}/ag_news_short.jsonl'
@@ -148,9 +163,9 @@ def dense_row(dataset: str, seed: int) -> Row:
   overrides = (
     *(f'data.{name}={value}' for name, value in data.items()), f'data.train_limit={corpus.limit}',
     f'data.max_length={corpus.length}', f'data.buckets={corpus.buckets}'.replace(' ', ''), 'task.readout=cls',
-    f'stages[0].epochs={corpus.epochs}', 'optimizer.learning_rate=1e-4',
+    f'stages[0].epochs={corpus.epochs}', f'optimizer.learning_rate={corpus.learning_rate}',
   )  # fmt: skip
-  return Row(dataset, 'dense', 'dense', seed, overrides, 'configs/own_data.py', False)
+  return Row(dataset, 'dense', f'dense,{corpus.weights}', seed, overrides, 'configs/own_data.py', False)
 
 
 def approx_row(seed: int) -> Row:
@@ -174,18 +189,18 @@ def rows(plan: Plan) -> Iterator[Row]:
   """Every run of a study: all of the first seed before any of the second, an ApproxNet before those who need it."""
   for seed in ALL:
     datasets = [dataset for dataset, seeds in plan.seeds.items() if seed in seeds]
-    ready = [name for name in plan.main if name != 'sttabt']
     for dataset in datasets:
       yield dense_row(dataset, seed)
-      yield from (method_row(dataset, name, seed) for name in ready)
-    if len(ready) < len(plan.main):
+      yield from (method_row(dataset, name, seed) for name in plan.methods(dataset) if name != 'sttabt')
+    if 'sttabt' in plan.main:
       yield approx_row(seed)
       yield from (method_row(dataset, 'sttabt', seed) for dataset in datasets)
     if plan.extras and seed == 0:
       yield dense_row('bbc', 0)
       yield dense_row('ag_short', 0)
       yield from (method_row('ag_short', name, 0) for name in ('ltp', 'power', 'topk'))
-  yield from (method_row(dataset, name, 0) for dataset in plan.seeds for name in plan.others)
+    if seed == 0:
+      yield from (method_row(dataset, name, 0) for dataset in datasets for name in plan.others)
 
 
 def placed(row: Row, options: argparse.Namespace) -> Row:

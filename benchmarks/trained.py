@@ -8,6 +8,7 @@ from benchmarks import accuracy, report
 from tokenprune_jax import evaluate
 from tokenprune_jax.calibrate import BATCH, Calibration
 
+LENGTHS = (35, 70, None)  # short, middle and long texts, as Magic Pyramid tells them apart
 SCORES = ('accuracy', 'precision', 'recall', 'f1', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'loss')
 
 
@@ -27,6 +28,7 @@ class Trained(Calibration):
     return {
       **{key: found[key] for key in accuracy.KEPT},
       **report.correctness(records),
+      **({'by_length': report.by_length(records, LENGTHS)} if self.splits[split].words is None else {}),
       'metrics': {score: found[score] for score in SCORES if score in found},
       'seconds': round(time.monotonic() - start, 1),
       'commit': report.commit(),

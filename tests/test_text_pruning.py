@@ -49,7 +49,7 @@ class Trained:
     share = spec.get('budget', spec.get('keep', 0.5))
     scores = dict.fromkeys(SCORES, 0.5 + 0.4 * share)
     found = records(0.5 + 0.4 * share, int(1000 * share))
-    return fake_point(scores, share, found)
+    return {**fake_point(scores, share, found), 'by_length': report.by_length(found, (35, 70, None))}
 
 
 @pytest.fixture
@@ -196,6 +196,24 @@ def test_exits_are_a_study_of_their_own(study, tmp_path, monkeypatch):
   assert study('--study=exits', '--rows=2') == ['ag_news/dense-seed0', 'ag_news/ltp-seed0']
   text = (tmp_path / 'exits.md').read_text()
   assert '## Rotten Tomatoes' in text and 'Without training' not in text
+  told = text.split('by length')[1]
+  assert '1 to 35 tokens (26)' in told and 'more than 70 tokens (59)' in told
+  assert told.splitlines()[4].startswith('| LTP | 0.40 |') and told.splitlines()[4].count('(1.00)') == 3
+  rows = list(text_runs.rows(text_runs.PLANS['exits']))
+  large = [row for row in rows if row.dataset == 'ag_mpnet']
+  assert [row.name for row in large] == ['dense', 'exits', 'pyramid'] and large[
+    0
+  ].variant == 'dense,mpnet-base'
+
+
+def test_gains_by_length():
+  lengths = [3, 35, 36, 70, 71]
+  found = report.by_length(
+    [{'length': n, 'macs': 2.0 * n, 'label': 1, 'prediction': n % 2} for n in lengths], (35, 70, 70, None)
+  )
+  assert [part['examples'] for part in found] == [2, 2, 0, 1]
+  assert [part['accuracy'] for part in found] == [1.0, 0.0, None, 1.0]
+  assert [part['macs'] for part in found] == [38.0, 106.0, None, 142.0]
 
 
 def test_missing_data_is_told(monkeypatch, tmp_path):
