@@ -155,8 +155,8 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
   parts = [
     f'# {plan.title}\n\nMiniLM-L6 (6 x 384) where no other is named, [CLS] read-out; all start from the same dense '
     'fine-tunes. Accuracy on the test split, in percent; MACs and keys kept count real tokens. *times dense*: '
-    'throughput of seed 0 on the clock, beside the fastest dense. *the paper*: its accuracy (and dense beside it) at its share of the cost, of a '
-    'model twice as deep and twice as wide.\n'
+    'throughput of seed 0 on the clock, beside the fastest dense. *the paper*: its accuracy (and dense beside it) at '
+    'its share of the cost, of a model twice as deep and twice as wide.\n'
   ]
   for dataset in plan.seeds:
     title = CORPORA[dataset].title
