@@ -28,6 +28,8 @@ WORDS = {
   'copied': 'all',
   'keep_norm': True,
   'dropout': 0.3,
+  'capacities': (),
+  'overflow_rate': 0.01,
 }
 VARIANTS = ('tokee', 'sentee', 'debug')
 DEBUG = 'random:bert:layers=3,width=64,heads=4,hidden=128,vocab=512'
@@ -55,7 +57,7 @@ def get_config(argument: str = 'tokee') -> ml_collections.ConfigDict:
   )
   with config.unlocked():
     if variant == 'sentee':
-      reducer |= {'level': 'sentence', 'upper': 1.0}
+      reducer |= {'level': 'sentence', 'upper': 1.0, 'overflow_rate': 0.0}
     config.reducer = reducer
     config.model.executor = 'serve'
     config.stages = (

@@ -72,6 +72,47 @@ def test_executors_agree_where_another_method_prunes_too():
       close(answer.logits, expected[:n])
 
 
+def test_words_that_are_left_are_gathered_into_capacities():
+  masked_model, params = model_and_params(TINY)
+  masked = apply(masked_model, params, BATCH)
+  rows = np.asarray(masked.trace.rows)
+
+  def compact(counts):
+    capacities = tuple(float(count) / 14 for count in counts)
+    return model_of({**TINY, 'capacities': capacities}).clone(executor='compact')
+
+  wide = compact(np.maximum(rows.max(0), 1))
+  found = apply(wide, params, BATCH)
+  close(masked.logits, found.logits)
+  assert not np.asarray(found.trace.overflow).any()
+  cost, whole = (
+    jax.jit(model.apply).lower({'params': params}, BATCH).cost_analysis()['flops']
+    for model in (wide, masked_model)
+  )
+  assert cost < 0.9 * whole
+  tight = np.maximum(rows.max(0) - [0, 1, 1, 1], 1)
+  found = apply(compact(tight), params, BATCH)
+  overflow = np.asarray(found.trace.overflow)
+  assert overflow[rows[:, 1] > tight[1]].all() and 0 < overflow.sum() < len(LENGTHS)
+  close(masked.logits[~overflow], found.logits[~overflow])
+  given = {**BATCH, 'controls': {'exit_layers': np.full((len(LENGTHS), 14), 9)}}
+  assert not np.asarray(apply(compact(tight), params, given).trace.overflow).any()  # while exits are sampled
+
+
+def test_a_budget_finds_the_threshold_and_the_capacities_with_it():
+  spec = {**TINY, 'overflow_rate': 0.01}
+  model, params = model_and_params(spec)
+
+  def batches():
+    yield {**BATCH, 'weight': np.ones(len(LENGTHS), np.float32)}
+
+  validation = stages.Validation(lambda batch: apply(model, params, batch), batches, encoder=model.config)
+  found = stages.at_budget(spec, 0.7, validation)
+  again = apply(model_of(found), params, BATCH)
+  assert abs(float(again.macs.sum() / again.dense_macs.sum()) - 0.7) < 0.15
+  assert found['capacities'] == pytest.approx((np.asarray(again.trace.rows) / 14).max(0).clip(1e-6))
+
+
 @pytest.mark.parametrize('window', [1, 31])
 def test_a_threshold_that_always_exits_is_the_first_exit(window):
   model, params = model_and_params({**TINY, 'window': window, 'threshold': 1.1})
@@ -276,6 +317,8 @@ def test_what_sampling_cannot_do_without_is_named(training):
     ({'dropout': 1.0}, 'dropout is 1.0; expected a number from 0 to 0.99'),
     ({'level': 'word'}, "level is 'word'; choose one of token, sentence"),
     ({'criterion': 'max_probability'}, "goes with level='sentence'"),
+    ({'level': 'sentence', 'overflow_rate': 0.01}, "overflow_rate go with level='token'"),
+    ({'capacities': (0.5,)}, 'reducer.capacities needs 4 shares'),
     ({'pool': 'sum'}, 'choose one of max, mean'),
     ({'copied': 'last'}, 'choose one of all, first'),
   ],

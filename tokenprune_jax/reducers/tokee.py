@@ -10,7 +10,8 @@ Li, Shao, Sun, Yan, Qiu, Huang: Accelerating BERT Inference for Sequence Labelin
 
 delta_l = threshold in the lower half of the encoder and `upper` times as much above, at most `cap` (a probability is the
 same for all layers). An example leaves when all of its words have exited; [CLS] and [SEP] never halt before. While training
-nothing exits, unless the layers at which words are to exit are given (control `exit_layers`).
+nothing exits, unless the layers at which words are to exit are given (control `exit_layers`). Words exit in numbers of their
+own: `compact` gathers those that are left into `capacities`, found for `overflow_rate` when a stage ends.
 
 Two stages train it. `tags_joint`: all exits and the last classifier learn the tags, the i-th weighted by i. `tags_sampled`,
 with the first stage as its teacher: each example draws a window and a delta, its words halt where the teacher would have
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenprune_jax import budget, word_exit
+from tokenprune_jax import budget, schedule, word_exit
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense, Dropout
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
@@ -125,22 +126,33 @@ TAUGHT = ('tags_sampled',)
 
 
 # ------------------------------------------------------------------------------------------------ Calibration
-def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
-  """The threshold at which validation costs it."""
+def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
+  """Capacities that hold all but `overflow_rate` of the validation sentences, where one is given."""
+  return validation.calibrated(fields, lambda trace: trace.rows)
 
+
+def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
+  """The threshold at which validation costs it; capacities go with it."""
+  found = threshold_for(fields, target, validation)
+  controls = {'exit_threshold': found}
+  return {'threshold': found, **validation.calibrated(fields, lambda trace: trace.rows, controls)}
+
+
+def threshold_for(fields: Mapping[str, Any], target: float, validation: Any) -> float:
+  """The threshold at which validation costs `target`. Raises UserError where none is that cheap."""
   dear, cheap = LIMITS[fields.get('criterion', Method.criterion)]
 
   def cost(threshold):
     return validation.mac_ratio({'exit_threshold': threshold})
 
   if target >= 1:  # exits that nothing takes cost a little more than that
-    return {'threshold': dear}
+    return dear
   if (least := cost(cheap)) > target:
     raise UserError(
       f'the budget is {target}, but on the validation split at least {least:.3f} of the dense multiply-adds are left, '
       'where all exit at the first layer with an exit. Ask for more, or put an exit behind a lower layer.'
     )
-  return {'threshold': budget.bisect(cost, target, dear, cheap)}
+  return budget.bisect(cost, target, dear, cheap)
 
 
 # ----------------------------------------------------------------------------------------------------- Method
@@ -158,6 +170,10 @@ class Method(Reducer):
   copied: str = 'all'  # pieces of a word that halt; or 'first'
   keep_norm: bool = False  # a halted state goes through the output norm of each layer that it passes
   dropout: float = 0.3  # before an exit's classifier
+  capacities: tuple[float, ...] = ()  # by layer, share of the padded length that words left are gathered into
+  overflow_rate: float = (
+    0.0  # share of sentences that these may be too small for on validation; 0: none is found
+  )
 
   def check(self, depth: int, heads: int) -> None:
     if not self.layers or not all(1 <= l < depth for l in self.layers):
@@ -176,6 +192,9 @@ class Method(Reducer):
         raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
     if self.level == 'token' and self.criterion != 'entropy':
       raise UserError("reducer.criterion goes with level='sentence'; words exit by entropy")
+    schedule.check_capacities(self.capacities, self.overflow_rate, depth)
+    if self.level == 'sentence' and (self.capacities or self.overflow_rate):
+      raise UserError("reducer.capacities and overflow_rate go with level='token'; sentences exit as a whole")
     if self.window < 1 or self.window % 2 == 0:
       raise UserError(f'reducer.window is {self.window}; expected an odd number of words, 1 or more')
     never, always = LIMITS[self.criterion]
@@ -287,6 +306,10 @@ class Method(Reducer):
     halted = word_exit.to_pieces(done, word, False) & (tokens.carry['first'] | (self.copied == 'all'))
     if self.level == 'token':
       tokens = tokens.replace(updated=tokens.updated * ~halted)
+    if self.capacities and not train and 'exit_layers' not in memory:
+      doubt = word_exit.to_pieces(uncertainty(logits), word, jnp.inf)  # of words; what belongs to none stays
+      rows = schedule.places(self.capacities[layer], tokens.length)
+      tokens = tokens.replace(score=doubt, capacity=tokens.capacity._replace(rows=rows))
     return (tokens if train else empty_rows(tokens, exited)), memory
 
 
