@@ -1,7 +1,6 @@
 """What studies leave in results/: NAME.json, and the table and plots NAME* that are made from it alone."""
 
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
@@ -379,25 +378,27 @@ def plot_keep(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]])
 
 
 def plot_savings(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]], shape: Callable) -> None:
-  """Times as fast as dense against MACs: a colour a method, a marker a `shape(row)`; the line is the limit 1 / MACs."""
-  drawing, axes = figure()
+  """Removal efficiency by method, a marker a `shape(row)`: at 1 every multiply-add that is removed shows on the clock."""
   rows = [row for row in rows if not row['method'].startswith('dense')]
   methods, shapes = (list(dict.fromkeys(map(key, rows))) for key in (lambda row: row['method'], shape))
-  for row in rows:
-    colour, marker = (
-      PALETTE[methods.index(row['method']) % len(PALETTE)],
-      MARKERS[shapes.index(shape(row)) % len(MARKERS)],
-    )
-    axes.plot(row['mac_ratio'], row['time_ratio'], marker, color=colour, markersize=8)
-  for method, colour in zip(methods, itertools.cycle(PALETTE)):
-    axes.plot([], [], 's', color=colour, label=method)
-  for name, marker in zip(shapes, itertools.cycle(MARKERS)):
-    axes.plot([], [], marker, color='#555b66', label=name)
-  macs = np.linspace(min((row['mac_ratio'] for row in rows), default=0.5) * 0.95, 1, 50)
-  axes.plot(macs, 1 / macs, color='#333840', linewidth=1, linestyle=(0, (4, 3)), label='limit: 1 / MACs')
+  drawing, axes = figure(height=1.8 + 0.3 * max(len(methods), 3))
+  for place, name in enumerate(shapes):
+    mine = [row for row in rows if shape(row) == name]
+    spots = [row['efficiency'] for row in mine], [methods.index(row['method']) for row in mine]
+    axes.plot(*spots, linestyle='', markersize=8, label=name, **look(place))
+  axes.set_yticks(range(len(methods)), [cost_of(name, rows) for name in methods])
+  axes.set_ylim(max(len(methods), 1) - 0.5, -0.5)
+  axes.set_xlim(0, max([1.0, *(row['efficiency'] for row in rows)]) * 1.08)
+  axes.axvline(1, color='#333840', linewidth=1, linestyle=(0, (4, 3)))
   legend(axes)
-  titled(axes, title, 'Multiply-adds, share of dense', 'Times as fast as the fastest dense')
+  titled(axes, title, 'Times as fast as the fastest dense x share of its MACs', 'Method (MACs)')
   drawing.savefig(path)
+
+
+def cost_of(method: str, rows: Sequence[Mapping[str, Any]]) -> str:
+  """'topk (0.50)', or the least and the most of its rows."""
+  least, *_, most = [*sorted(f'{row["mac_ratio"]:.2f}' for row in rows if row['method'] == method)] * 2
+  return f'{method} ({least})' if least == most else f'{method} ({least} to {most})'
 
 
 def plot_lengths(path: pathlib.Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
