@@ -275,8 +275,8 @@ def save(path: pathlib.Path, document: dict[str, Any]) -> None:
   workdir.write_json(path, document)
   workdir.write_text(path.with_suffix('.md'), page(document))
   for dataset in dict.fromkeys(row['dataset'] for row in document['rows']):
-    rows = [row for row in document['rows'] if row['dataset'] == dataset]
-    if all(row['seconds'] for row in rows):
+    rows = [row for row in document['rows'] if row['dataset'] == dataset and row['seconds']]
+    if len(rows) > 1:  # dense, and something beside it
       plot(path.with_name(f'{path.stem}_{dataset}.png'), dataset, rows)
 
 
