@@ -183,9 +183,8 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   ways = dense_ways(*made({'name': 'none'}, weights), shapes, rows)
   dense = turns.fastest(ways, options.repeats, options.allow_load, see)
   assert dense is not None
-  best = seen[dense.name].own['seconds']
   for name in ways:
-    compare(name, dense.name, best)
+    compare(name, dense.name, seen[name].seconds_of(dense))
   makers = {
     name: functools.partial(program, name) for name in options.methods or ('threshold', 'early_exit', 'topk')
   }

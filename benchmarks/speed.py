@@ -203,7 +203,6 @@ def cell(
   dense = turns.fastest(ways, options.repeats, options.allow_load, see)
   assert dense is not None
   beside = {dense.name: dense.program}
-  seconds = next(turn.own['seconds'] for turn, _ in seen if turn.name == dense.name)
   peers = {
     turn.name: turn.own['seconds'] / turn.times[dense.name]['seconds']
     for turn in turns.one_by_one(
@@ -220,7 +219,7 @@ def cell(
       **{f'{name}_ratio': peer and peer * times['time_ratio'] for name, peer in torch.items()}, **more,
     }  # fmt: skip
 
-  yield from (row(turn, more, 'mask', seconds) for turn, more in seen if turn.name in missing)
+  yield from (row(turn, more, 'mask', turn.seconds_of(dense)) for turn, more in seen if turn.name in missing)
   asked = {key: pair for key, pair in chosen(options, wanted).items() if key in missing}
   makers = {key: functools.partial(program, key, *pair) for key, pair in asked.items()}
   for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):

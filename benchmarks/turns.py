@@ -23,17 +23,23 @@ class Turn:
   """A program, what it and those beside it took (as `timing.in_turns`), and the load of others.
 
   program: None once it is given up, so that whoever still holds the turn does not keep the code.
+  pace: its seconds as a multiple of the first program's, by the turns that link them; a machine may be slower meanwhile.
   """
 
   name: str
   program: Any
   times: dict[str, dict[str, Any]]
   load: float | None
+  pace: float = 1.0
 
   @property
   def own(self) -> dict[str, Any]:
     """What the program took."""
     return self.times[self.name]
+
+  def seconds_of(self, other: 'Turn') -> float:
+    """What another program would have taken in this turn, by their paces."""
+    return self.own['seconds'] * other.pace / self.pace
 
   def give_up(self) -> None:
     """Ends what has a thread of its own, and gives back the code that nobody holds any more."""
@@ -73,10 +79,12 @@ def fastest(
   best: Turn | None = None
   for name, make in makers.items():
     turn = timed(name, make, {best.name: best.program} if best else {}, repeats, allow_load)
+    if best is not None:
+      turn.pace = best.pace * turn.own['seconds'] / turn.times[best.name]['seconds']
     seen(turn)
     if best is None:
       best = turn
-    elif turn.own['seconds'] < turn.times[best.name]['seconds']:
+    elif turn.pace < best.pace:
       best.give_up()
       best = turn
     else:

@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: layouts, choices and tables, on made-up numbers."""
 
 import argparse
+import dataclasses
 import sys
 import time
 import weakref
@@ -175,8 +176,12 @@ def test_programs_are_given_up_before_the_next_is_made(monkeypatch):
     return make
 
   ways = {'slow': maker(0.02, 0), 'fast': maker(0.002, 1), 'slower': maker(0.04, 1)}
-  best = turns.fastest(ways, 1)
+  seen = []
+  best = turns.fastest(ways, 1, seen=lambda turn: seen.append(dataclasses.replace(turn, program=None)))
   assert best.name == 'fast' and best.times.keys() == {'fast', 'slower'}
+  assert 0.05 < best.pace < 0.5 and [turn.pace for turn in seen][::2] == [1.0, pytest.approx(2, rel=0.6)]
+  assert seen[1].seconds_of(best) == seen[1].own['seconds']
+  assert seen[2].seconds_of(best) == pytest.approx(seen[2].times['fast']['seconds'])
   others = {'a': maker(0.001, 1), 'b': maker(0.001, 1)}
   names = []
   for turn in turns.one_by_one(others, {best.name: best.program}, 1):
