@@ -24,11 +24,12 @@ LTP = {
   'score_norm': 'received',
   'soft_form': 'stream',
   'protect': True,
+  'first_layer': False,
   'capacities': (),
   'overflow_rate': 0.01,
 }
 VARIANTS = {
-  'budget': {'target_macs': 0.5, 'weight': 10.0},
+  'budget': {'target_macs': 0.5, 'weight': 10.0, 'first_layer': True},
   'l1': {},
   'official': {'score_norm': 'per_padded_token', 'soft_form': 'output', 'protect': False},
 }

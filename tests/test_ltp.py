@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.reference import apply, model_and_params, ragged_batch
+from tests.reference import apply, model_and_params, ragged_batch, requests
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, families, flops, models, segments, train
+from tokenprune_jax import conversion, families, flops, models, segments, serve, train
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs
@@ -113,8 +113,9 @@ def kept_by_a_loop(received, thresholds):
   return [j == 0 or score / 128 >= max(thresholds, 1e-5) for j, score in enumerate(received)]
 
 
-def test_a_layer_keeps_what_the_rule_says():
-  model, params = model_and_params({'name': 'ltp', 'threshold': 0.015})
+@pytest.mark.parametrize('first', [False, True])
+def test_a_layer_keeps_what_the_rule_says(first):
+  model, params = model_and_params({'name': 'ltp', 'threshold': 0.015, 'first_layer': first})
   encoder = segments.make_encoder(model).clone(executor='mask')
   variables = {'params': segments.encoder_params(params)}
   inputs = Inputs(
@@ -136,14 +137,26 @@ def test_a_layer_keeps_what_the_rule_says():
       )
       received = np.asarray(evidence.received).mean(1)
     tokens, memory, _, _ = encoder.apply(variables, tokens, memory, None, half, method='advance')
-    if half.attention and half.layer > 1:
-      theta = 0.015 * (half.layer - 1) / 4 + delta[half.layer - 1]
+    if half.attention and (half.layer > 1 or first):
+      theta = 0.015 * (half.layer - (not first)) / 4 + delta[half.layer - 1]
       for row in range(len(before)):
         alive = before[row] > 0
         expected = np.array(kept_by_a_loop(received[row], theta)) & alive
         np.testing.assert_array_equal(np.asarray(tokens.updated[row]) > 0, expected)
       left.append(float(tokens.updated.sum()))
-  assert left[0] > left[-1] > 0
+  assert len(left) == 3 + first and BATCH['mask'].sum() >= left[0] > left[-1] > 0
+
+
+def test_executors_agree_where_the_first_layer_prunes():
+  model, params = model_and_params({'name': 'ltp', 'threshold': 0.02, 'first_layer': True})
+  expected = apply(model, params, BATCH)
+  assert (np.asarray(expected.trace.rows)[:, 0] < BATCH['mask'].sum(1)).any()
+  compact = apply(model.clone(executor='compact'), params, BATCH)
+  np.testing.assert_allclose(compact.logits, expected.logits, atol=1e-4)
+  with serve.Server(model, params, ladder=serve.Ladder((8, 16), batch_tokens=32)) as server:
+    answers = list(server.map(requests(BATCH)))
+  np.testing.assert_allclose([answer.logits for answer in answers], expected.logits, atol=1e-4)
+  np.testing.assert_allclose([answer.macs for answer in answers], expected.macs, rtol=1e-5)
 
 
 def test_the_hard_mask_is_the_limit_of_the_soft_one():
@@ -214,6 +227,7 @@ def test_three_stages_meet_the_budget_on_validation(tmp_path):
     ({'target_macs': 1.2}, 'target_macs is 1.2'),
     ({'target_macs': -0.1}, 'target_macs is -0.1'),
     ({'target_macs': 0.1}, 'cannot reach.*at least 0.33'),
+    ({'target_macs': 0.05, 'first_layer': True}, 'cannot reach.*at least 0.08'),
     ({'temperature': 0.0}, 'temperature is 0.0'),
     ({'mode': 'weak'}, "mode is 'weak'; choose one of hard, soft"),
     ({'score_norm': 'mean'}, "score_norm is 'mean'"),

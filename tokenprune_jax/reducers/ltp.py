@@ -1,7 +1,7 @@
 """Learned token pruning: thresholds on attention received, learned by layer (LTP; arXiv 2107.00910, section 3).
 
   a_j     = mean over heads of sum_i A_hij                      s_j = a_j / norm
-  theta_l = scale (threshold (l - 1) / L + delta_l / 128)       delta learned, 0 at the start
+  theta_l = scale (threshold (l - 1) / L + delta_l / 128)       delta learned, 0 at the start; layer 1 keeps all
   hard    M_j = [s_j >= max(theta_l, 1e-5)]                     the others leave, as in threshold.py
   soft    M_j = sigmoid((s_j - theta_l) / temperature)
   loss  + weight sum_l mean_j M_j                               or, where a budget is asked for,
@@ -12,6 +12,8 @@ validation and inference see is always hard. Scores of norm 'received' are in un
 official code's own where a text is padded to 128; its `per_padded_token` follows the padding, its paper's `per_live_token`
 prunes long inputs much harder. Reconstructed here: a soft mask goes into the stream (seen and updated), so that the hard one
 is its limit; the official code multiplies the layer's output instead (`soft_form='output'`). [CLS] is protected (`protect`).
+
+`first_layer` lets layer 1 prune too, and has l in place of l - 1: where layers are few, a budget is else spent below.
 
 Controls of a request: `threshold`, `scale` [b], in place of the fields.
 """
@@ -92,7 +94,7 @@ class Method(Reducer):
   score_norm: str = 'received'  # or 'per_live_token', 'per_padded_token'
   soft_form: str = 'stream'  # or 'output'
   protect: bool = True  # [CLS], which the official code does not
-  first_layer: bool = False  # whether the first layer prunes too, where its delta is not 0
+  first_layer: bool = False  # whether the first layer prunes too
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that survivors are gathered into
   overflow_rate: float = (
     0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
@@ -112,8 +114,9 @@ class Method(Reducer):
       if value not in choices:
         raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
     if self.target_macs:
-      # Layer 1 runs whole, and so does the attention of layer 2: a third of its products or more.
-      schedule.check_budget('reducer.target_macs', self.target_macs, (1 + 1 / 3) / depth)
+      # The attention of the first layer that prunes runs whole, and all below: a third of a layer's products or more.
+      whole = 1 / 3 if self.first_layer else 1 + 1 / 3
+      schedule.check_budget('reducer.target_macs', self.target_macs, whole / depth)
     schedule.check_capacities(self.capacities, self.overflow_rate, depth)
 
   def setup(self):
@@ -134,7 +137,7 @@ class Method(Reducer):
       inputs.controls.get(name, jnp.full(b, value)).astype(jnp.float32)[:, None]
       for name, value in (('threshold', self.threshold), ('scale', self.scale))
     )
-    rising = base * jnp.arange(inputs.depth) / inputs.depth
+    rising = base * (jnp.arange(inputs.depth) + self.first_layer) / inputs.depth
     memory = {
       'thresholds': scale * (rising + self.learned(inputs.depth) / threshold.REFERENCE),
       'layers_run': jnp.zeros(b, jnp.int32),
@@ -166,10 +169,7 @@ class Method(Reducer):
       return tokens, memory
     assert evidence.received is not None  # `reads` asked for it
     score, guarded = evidence.received.mean(axis=1)[:, :n] / self.norm(tokens), tokens.protected[:, :n]
-    idle = (
-      theta == 0 if layer == 1 else jnp.zeros_like(theta, bool)
-    )  # a first layer that learned nothing keeps all
-    hard = jnp.where(guarded | idle, 1, hard_mask(score, theta))
+    hard = jnp.where(guarded, 1, hard_mask(score, theta))
     if self.mode == 'hard':
       stay = (tokens.updated[:, :n] > 0) & (hard > 0)
       room = schedule.places(self.capacities[layer - 1], tokens.length) if self.capacities else None
@@ -177,7 +177,7 @@ class Method(Reducer):
     spared = guarded & (
       self.protect or self.soft_form == 'stream'
     )  # what only scales an output may scale any
-    soft = jnp.where(spared | idle, 1, soft_mask(score, theta, self.temperature))
+    soft = jnp.where(spared, 1, soft_mask(score, theta, self.temperature))
     live = (tokens.size[:, :n] > 0).astype(soft.dtype)
     if 'loss' in memory:
       share = (
@@ -185,7 +185,7 @@ class Method(Reducer):
         if self.score_norm == 'per_padded_token'
         else (soft * live).sum(-1) / jnp.maximum(memory['real'], 1)
       )
-      memory['loss'] += self.weight * weighted_mean(jnp.where(idle[:, 0], 0, share), memory['real'] > 0)
+      memory['loss'] += self.weight * weighted_mean(share, memory['real'] > 0)
     if self.target_macs:
       soft = straight_through(hard, soft)
     mask = jnp.where(memory['training'][:, None] > 0, soft, hard)
