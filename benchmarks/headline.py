@@ -200,6 +200,12 @@ def rate(row: dict[str, Any], dense: dict[str, Any]) -> float:
   return dense['documents'] / dense['seconds'] / cost(row)
 
 
+def drawn(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The rows of a dataset that have times; none where only dense has."""
+  found = [row for row in rows if row['seconds']]
+  return found if len(found) > 1 else []
+
+
 def page(document: dict[str, Any]) -> str:
   """results/headline.md."""
   parts = [
@@ -209,7 +215,7 @@ def page(document: dict[str, Any]) -> str:
   ]
   for dataset in dict.fromkeys(row['dataset'] for row in document['rows']):
     rows = [row for row in document['rows'] if row['dataset'] == dataset]
-    picture = f'![{TITLES[dataset]}](headline_{dataset}.png)\n' if all(row['seconds'] for row in rows) else ''
+    picture = f'![{TITLES[dataset]}](headline_{dataset}.png)\n' if drawn(rows) else ''
     parts.append(f'## {TITLES[dataset]}\n\n{table(rows)}\n{picture}')
   return '\n'.join([*parts, report.origin(document)])
 
@@ -275,8 +281,8 @@ def save(path: pathlib.Path, document: dict[str, Any]) -> None:
   workdir.write_json(path, document)
   workdir.write_text(path.with_suffix('.md'), page(document))
   for dataset in dict.fromkeys(row['dataset'] for row in document['rows']):
-    rows = [row for row in document['rows'] if row['dataset'] == dataset and row['seconds']]
-    if len(rows) > 1:  # dense, and something beside it
+    rows = drawn([row for row in document['rows'] if row['dataset'] == dataset])
+    if rows:
       plot(path.with_name(f'{path.stem}_{dataset}.png'), dataset, rows)
 
 
