@@ -57,6 +57,7 @@ def point(method, batch, length, time_ratio, mac_ratio=0.5):
     'length': length,
     'time_ratio': time_ratio,
     'mac_ratio': mac_ratio,
+    'efficiency': time_ratio * mac_ratio,
   }
 
 
@@ -205,6 +206,8 @@ def test_batches_of_documents_hold_each_document_once():
 
 def test_the_plot_of_savings(tmp_path):
   rows = [point('a', 1, 16, 1.2), point('b', 8, 16, 1.9), point('dense_whole', 1, 16, 1.0)]
+  assert report.cost_of('a', rows) == 'a (0.50)'
+  assert report.cost_of('a', [*rows, point('a', 8, 16, 1.2, 0.6)]) == 'a (0.50 to 0.60)'
   report.plot_savings(tmp_path / 'a.png', 'Title', rows, lambda row: f'{row["batch"]}')
   report.plot_savings(tmp_path / 'none.png', 'Title', [], str)
   assert (tmp_path / 'a.png').stat().st_size > 5000 < (tmp_path / 'none.png').stat().st_size
