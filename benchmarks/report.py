@@ -233,11 +233,13 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def origin(document: Mapping[str, Any]) -> str:
-  """One paragraph: where the numbers come from."""
+  """One paragraph: where the numbers come from, with the commits of rows that were measured before."""
   at = document['machine']
+  commits = {row.get('commit') for row in document.get('rows', ())} - {document['commit'], None}
+  earlier = f' (other rows at {", ".join(sorted(commit[:12] for commit in commits))})' if commits else ''
   packages = ', '.join(f'{name} {version}' for name, version in document['versions'].items())
   return (
-    f'Made by `{document["command"]}` at commit {(document["commit"] or "none")[:12]}, on {at["cpu"]}, '
+    f'Made by `{document["command"]}` at commit {(document["commit"] or "none")[:12]}{earlier}, on {at["cpu"]}, '
     f'{at["cores"]} cores, {at["memory_gib"]} GiB; {packages}.\n'
   )
 

@@ -260,7 +260,7 @@ def main() -> None:
   for dataset in missing:
     rows += measured(options, dataset)
     workdir.write_json(path, {**header, 'rows': rows})
-  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n{report.origin(header)}')
+  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n{report.origin({**header, "rows": rows})}')
   title = f'Real documents through serve, {WEIGHTS[options.model]}'
   report.plot_savings(path.with_suffix('.png'), title, rows, lambda row: row['dataset'])
 

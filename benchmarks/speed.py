@@ -318,7 +318,9 @@ def main() -> None:
       print(line(row), flush=True)
       rows.append({**row, 'commit': header['commit']})
       workdir.write_json(path, {**header, 'rows': rows})  # what was measured is kept
-  workdir.write_text(path.with_suffix('.md'), f'{page(rows)}{break_even(rows)}\n{report.origin(header)}')
+  workdir.write_text(
+    path.with_suffix('.md'), f'{page(rows)}{break_even(rows)}\n{report.origin({**header, "rows": rows})}'
+  )
   title, plot = f'Speed on full rows, {options.model}', path.with_suffix('.png')
   if len(options.length) > 2 and len(options.batch) == len(options.dtype) == 1:
     report.plot_lengths(plot, f'{title}, batch of {options.batch[0]}', rows)

@@ -233,3 +233,10 @@ def test_dense_forward_stands_beside_torch_with_equal_numbers(monkeypatch, tmp_p
   [row] = report.read(out)['rows']
   assert row['model'] == 'small 1 x 24' and row['max_difference'] < 1e-4
   assert row['seconds'] > 0 and row['throughput_ratio'] > 0
+
+
+def test_a_page_names_the_commits_of_rows_that_were_measured_before():
+  given = {**report.header('python x.py'), 'commit': 'a' * 40}
+  rows = [{'commit': 'a' * 40}, {'commit': 'b' * 40}, {'commit': None}]
+  assert f'at commit {"a" * 12}, on' in report.origin(given)
+  assert f'at commit {"a" * 12} (other rows at {"b" * 12}), on' in report.origin({**given, 'rows': rows})
