@@ -10,14 +10,15 @@ cache, and served. What a method has to set is found on other documents, for `--
 them by default); exits read random classifiers, wide enough that some examples leave at every layer. This is about speed
 alone: what a setting costs in accuracy, studies of trained models tell.
 
-Then documents arrive one by one, at 95% of the rate at which they were served all at once: throughput and latency; and
-`--requests` of random lengths all at once, for which nothing may be compiled any more. The same command goes on with the
-datasets that are not measured yet.
+Then documents arrive one by one, at 95% and at 70% of the rate at which they were served all at once, for at least 45
+seconds: throughput and latency; and `--requests` of random lengths all at once, for which nothing may be compiled any
+more. The same command goes on with the datasets that are not measured yet.
 """
 
 import argparse
 import dataclasses
 import functools
+import math
 import pathlib
 import shlex
 import sys
@@ -39,8 +40,8 @@ from tokenprune_jax.models import Classifier
 WEIGHTS = {'base': 'mpnet-base', 'minilm': 'minilm-l6'}
 BATCH = 8
 TUNING = 8  # documents that thresholds are found on
-ARRIVALS = 0.95  # of the offline throughput
-ROUNDS = 3  # of documents that arrive: the end, when none come any more, is not to weigh much
+ARRIVALS = (0.95, 0.7)  # of the offline throughput
+SUSTAINED = 45.0  # seconds of arrivals: those in flight at the end, whom no company joins any more, are not to weigh much
 
 
 def documents(dataset: str, weights: Any, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -68,11 +69,15 @@ def batch_of(rows: Sequence[np.ndarray], slots: int, count: int, pad: int) -> di
   return {'ids': ids, 'mask': mask, 'types': np.zeros_like(ids)}
 
 
-def arriving(served: timing.Served, seconds_each: float) -> dict[str, float]:
-  """Documents one by one at a steady rate, each ROUNDS times: {throughput, p50, p99} in documents a second and seconds."""
+def arriving(served: timing.Served, rate: float, at_least: float = SUSTAINED) -> dict[str, float]:
+  """Documents one by one, `rate` a second, again and again: {throughput, p50, p99} in documents a second and seconds.
+
+  The throughput counts the time until the last is answered.
+  """
   latency, futures, start = [], [], time.perf_counter()
-  for number, row in enumerate(list(served.rows) * ROUNDS):
-    due = start + number * seconds_each
+  rounds = math.ceil(at_least * rate / len(served.rows))
+  for number, row in enumerate(list(served.rows) * rounds):
+    due = start + number / rate
     time.sleep(max(0.0, due - time.perf_counter()))
     future = served.server.submit(row, wait=True)
     future.add_done_callback(lambda _, due=due: latency.append(time.perf_counter() - due))
@@ -199,11 +204,11 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
 def requests(served: timing.Served, seconds: float, count: int) -> dict[str, Any]:
   """What a server does with documents that arrive one by one, and with random ones; seconds: that it takes offline."""
   compiled, offline = len(served.server.programs), len(served.rows) / seconds
-  one_by_one = arriving(served, 1 / (ARRIVALS * offline))
+  rates = [{'share': share, **arriving(served, share * offline)} for share in ARRIVALS]
   recompiled = len(served.server.programs) - compiled
   return {
     'programs': compiled,
-    'arriving': {'offline_throughput': offline, **one_by_one},
+    'arriving': {'offline_throughput': offline, 'rates': rates},
     'recompiled': recompiled,
     'random': random_requests(served, count),
   }
@@ -214,24 +219,33 @@ def line(row: dict[str, Any]) -> str:
   text = f'{row["dataset"]:<5} {row["method"]:<24} {row["seconds"]:7.2f} s  {row["time_ratio"]:5.2f} times the best dense at '
   text += f'{row["mac_ratio"]:.2f} of its MACs: {row["efficiency"]:.2f}'
   if row['arriving']:
-    one = row['arriving']
-    text += f'  arriving {one["throughput"] / one["offline_throughput"]:.2f}, p50 {one["p50"]:.2f} s, p99 {one["p99"]:.2f} s'
+    for one in row['arriving']['rates']:
+      share = one['throughput'] / row['arriving']['offline_throughput']
+      text += f'  arriving at {one["share"]}: {share:.2f}, p50 {one["p50"]:.2f} s, p99 {one["p99"]:.2f} s'
     text += f'  {row["random"]["requests"]} of random lengths: {row["random"]["recompiled"]} recompiled'
   return text
 
 
+def arrived(arriving: dict[str, Any] | None, share: float) -> tuple[str, str, str]:
+  """Cells of the table: throughput as a share of the offline one, p50 and p99, at that rate."""
+  for one in arriving['rates'] if arriving else ():
+    if one['share'] == share:
+      kept = one['throughput'] / arriving['offline_throughput']
+      return f'{kept:.2f}', f'{one["p50"]:.2f}', f'{one["p99"]:.2f}'
+  return '–', '–', '–'
+
+
 def page(rows: Sequence[dict[str, Any]]) -> str:
   """The table."""
+  heads = [name for share in ARRIVALS for name in (f'arriving at {share}', 'p50, s', 'p99, s')]
   lines = [('documents', 'method', 's', 'MACs', 'times the best dense', 'removal efficiency', 'programs', 'compiling, s',
-            'one by one: throughput', 'p50, s', 'p99, s', 'recompiled')]  # fmt: skip
+            *heads, 'recompiled')]  # fmt: skip
   for row in rows:
-    one = row['arriving'] or {}
-    share = f'{one["throughput"] / one["offline_throughput"]:.2f}' if one else '–'
     lines.append((
       f'{row["documents"]} {row["dataset"]}', row['method'], f'{row["seconds"]:.2f}', f'{row["mac_ratio"]:.2f}',
       f'{row["time_ratio"]:.2f}', f'{row["efficiency"]:.2f}', f'{row["programs"] or "–"}', f'{row["compile_seconds"]:.0f}',
-      share, *(f'{one[key]:.2f}' if one else '–' for key in ('p50', 'p99')),
-      f'{row["recompiled"] + row["random"]["recompiled"]}' if one else '–',
+      *(cell for share in ARRIVALS for cell in arrived(row['arriving'], share)),
+      f'{row["recompiled"] + row["random"]["recompiled"]}' if row['arriving'] else '–',
     ))  # fmt: skip
   return report.table(lines)
 

@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import sys
 import time
+import types
 import weakref
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -202,6 +204,34 @@ def test_batches_of_documents_hold_each_document_once():
       tuple(ids[mask]) for batch in batches for ids, mask in zip(batch['ids'], batch['mask']) if mask.any()
     ]
     assert sorted(found) == sorted(map(tuple, rows))
+
+
+def test_documents_arrive_at_a_rate_for_a_while():
+  class Instant:
+    """A server that answers at once."""
+
+    def __init__(self):
+      self.seen = []
+
+    def submit(self, row, wait):
+      self.seen.append((time.perf_counter(), row))
+      future = futures.Future()
+      future.set_result(None)
+      return future
+
+  server = Instant()
+  served = types.SimpleNamespace(server=server, rows=['a', 'b', 'c'])
+  found = serving.arriving(served, rate=100.0, at_least=0.1)
+  assert [row for _, row in server.seen] == ['a', 'b', 'c'] * 4  # whole rounds, for at least 10 arrivals
+  starts = np.array([seconds for seconds, _ in server.seen]) - server.seen[0][0]
+  assert (starts >= np.arange(12) / 100 - 2e-3).all()
+  assert found['throughput'] <= 12 / 0.11 and 0 <= found['p50'] <= found['p99']
+
+
+def test_arrivals_in_the_table():
+  came = {'offline_throughput': 10.0, 'rates': [{'share': 0.95, 'throughput': 9.3, 'p50': 0.25, 'p99': 1.5}]}
+  assert serving.arrived(came, 0.95) == ('0.93', '0.25', '1.50')
+  assert serving.arrived(came, 0.7) == serving.arrived(None, 0.95) == ('–', '–', '–')
 
 
 def test_the_plot_of_savings(tmp_path):
