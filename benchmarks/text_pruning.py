@@ -1,14 +1,14 @@
 """Methods on texts, all on one footing: learned pruning (LTP, STTABT, PoWER-BERT, top-k, …), or exits and both.
 
     python benchmarks/text_pruning.py [--study=text_pruning|exits] [--data=data] [--runs=runs] [--rows=N] [--results=results]
-                                      [--train_only=DATASETS]
+                                      [--datasets=DATASETS] [--train_only=DATASETS]
 
 One dense MiniLM-L6 a dataset and seed, which every method starts from (configs/prune.py); what takes a budget is trained at
 about 0.4 of dense's multiply-adds, and then set to others on the validation split, without training. The test split only
 reports. `--data` holds sst2/ and ag_news/, each with train, valid and test.jsonl.gz: lines {"text": …, "label": …}. The
 queue goes on with the same command after any stop, needs no run again of what it has measured, and writes
-results/STUDY.json, its table and its plots. A second process may train some datasets' runs beside it
-(`--train_only=ag_news,pooled`), which the queue then only measures.
+results/STUDY.json, its table and its plots. `--datasets` runs and measures those alone, and a second process may train
+the runs of others beside it (`--train_only=ag_news,pooled`), which the queue later only measures.
 
 The study of pruning asks besides: what a dense checkpoint loses without any training, on these and BBC News; how near a
 distilled ApproxNet comes to the true attention; and how methods trained on the shortest half of the texts do on longer ones.
@@ -315,6 +315,9 @@ def main() -> None:
   parser.add_argument('--rows', type=int, default=10**6, help='stop after this many runs')
   parser.add_argument('--results', default='results', help='folder of the result files')
   parser.add_argument(
+    '--datasets', type=speed.words, default=[], help='run and measure the rows of these alone'
+  )
+  parser.add_argument(
     '--train_only', type=speed.words, default=[], help='train the runs of these datasets and measure nothing'
   )
   options = parser.parse_args()
@@ -323,13 +326,14 @@ def main() -> None:
   except UserError as error:
     raise SystemExit(f'error: {error}') from error
   study = Study(options, f'python benchmarks/text_pruning.py --study={options.study}')
+  datasets = {row.dataset for row in study.runs}
+  for flag, named in (('datasets', options.datasets), ('train_only', options.train_only)):
+    if unknown := set(named) - datasets:
+      parser.error(f'--{flag}: the study has no runs on {", ".join(sorted(unknown))}')
   if options.train_only:
-    unknown = set(options.train_only) - {row.dataset for row in study.runs}
-    if unknown:
-      parser.error(f'--train_only: the study has no runs on {", ".join(sorted(unknown))}')
     study.train(options.train_only)
     return
-  waiting = study.waiting()
+  waiting = [row for row in study.waiting() if row.dataset in (options.datasets or datasets)]
   for number, row in enumerate(waiting[: options.rows], 1):
     print(f'[{number}/{len(waiting)}] {row.dataset} {row.name} seed {row.seed}', flush=True)
     study.finish(row)
