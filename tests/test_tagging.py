@@ -1,5 +1,6 @@
 """Tagging words end to end: the loss and scores against loops, a whole run, its records, and the trained model in use."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -103,6 +104,21 @@ def test_the_trained_model_tags_words_strings_and_files(run):
   alone = model.predict(['bako dice hape', ['fumo', 'gilu']], batch_size=1)
   assert json.loads(json.dumps(alone)) == [{**r, 'probabilities': pytest.approx(r['probabilities'], abs=1e-4)}
                                            for r in read(folder / 'predicted.jsonl')]  # fmt: skip
+
+
+def test_sentences_that_overflow_are_tagged_again(run):
+  exported = pretrained.load_exported(run[0] / 'model')
+  capacities = (1.0, *[0.2] * (exported.config.depth - 1))
+  exported = dataclasses.replace(
+    exported, reducer_spec={'name': 'threshold', 'threshold': 0.0, 'capacities': capacities}
+  )
+  given = ['bako dice hape gilu fumo jeko', 'fumo', 'gilu bako dice ' * 10]
+  tight, exact = (tagger.Tagger(exported, executor) for executor in ('compact', 'mask'))
+  flags = [bool(result['overflow']) for _, result in sorted(tight.results(tight.split(given), 4))]
+  assert flags[0] and not flags[1]
+  for found, expected in zip(tight.tagged(given), exact.tagged(given)):
+    assert found[:2] == expected[:2]
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-5)
 
 
 def test_a_server_answers_as_predict_does(run):
