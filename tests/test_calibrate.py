@@ -59,6 +59,23 @@ def test_nothing_removed_is_the_dense_model(calibration):
   assert whole.accuracy == plain.accuracy and plain.mac_ratio == 1
 
 
+def test_settings_are_found_on_documents_at_random(run, calibration):
+  """Not on batches at random, of which a few hold a few lengths."""
+  few, valid = calibrate.Calibration(run, limit=20, buckets=(8, 12, 16, 24)), calibration.splits['valid']
+  rows = [valid.texts(i) for i in range(len(valid))]
+  drawn = [few.sample.texts(i) for i in range(len(few.sample))]
+  assert len(drawn) == 20 < len(rows) and drawn == [text for text in rows if text in set(drawn)]
+  for i, text in enumerate(drawn):
+    place = rows.index(text)
+    np.testing.assert_array_equal(few.sample.ids(i), valid.ids(place))
+    np.testing.assert_array_equal(few.sample.types(i), valid.types(place))
+    assert (few.sample.label[i], few.sample.cut[i]) == (valid.label[place], valid.cut[place])
+  seen = [batch['index'][batch['weight'] > 0] for batch in few.validation({'name': 'none'}).batches()]
+  assert sorted(np.concatenate(seen).tolist()) == list(range(20))
+  assert 0 < few.at(0.6).mac_ratio < 1
+  assert len(calibrate.Calibration(run, limit=100).sample) == len(valid)
+
+
 @pytest.mark.parametrize(
   ('options', 'words'),
   [

@@ -45,8 +45,8 @@ def compiled(model: models.Classifier) -> Callable:
 class Calibration:
   """A finished run's model, and the splits that it was validated and tested on.
 
-  limit: documents, or sentences, of the validation split that settings are found on; 0: all. changes: of the run's data
-  settings.
+  limit: documents, or sentences, of the validation split that settings are found on, at random; 0: all. changes: of the
+  run's data settings.
   """
 
   def __init__(self, run: str | pathlib.Path, limit: int = 0, **changes: Any):
@@ -69,29 +69,36 @@ class Calibration:
     tokenizer, length = self.exported.tokenizer, self.data['max_length']
     return data.LOADERS[self.task.name](self.data, tokenizer, length, data.cache_dir(), seed=self.seed).splits
 
+  @functools.cached_property
+  def sample(self) -> data.Split:
+    """What settings are found on. Drawn before it is batched: a few batches hold a few lengths, and costs go by these."""
+    valid = self.splits['valid']
+    if not 0 < self.limit < len(valid):
+      return valid
+    return valid.at(np.sort(np.random.default_rng(0).permutation(len(valid))[: self.limit]))
+
   def model(self, spec: Mapping[str, Any]) -> models.Classifier:
     """The classifier with a method, by the executor `mask`."""
     e = self.exported
     return models.Classifier(e.config, models.make_reducer(spec), len(e.labels), e.readout, e.head).check()
 
   def validation(self, spec: Mapping[str, Any], params: Any = None) -> stages.Validation:
-    """The validation split under a method; params: in place of the run's own."""
+    """The sample of the validation split under a method; params: in place of the run's own."""
     forward, params = compiled(self.model(spec)), self.params if params is None else params
     plan = data.batches(
-      self.splits['valid'], batch_size=BATCH, buckets=self.buckets, seed=0, epoch_shuffle=bool(self.limit),
+      self.sample, batch_size=BATCH, buckets=self.buckets, seed=0, epoch_shuffle=False,
       pad_id=self.exported.config.pad_id,
     )  # fmt: skip
-    steps = min(-(-self.limit // BATCH) or plan.steps_per_epoch, plan.steps_per_epoch)
     return stages.Validation(
       lambda batch: forward(params, batch),
-      lambda: (jax.device_put(plan.batch(step)) for step in range(steps)),
+      lambda: (jax.device_put(plan.batch(step)) for step in range(plan.steps_per_epoch)),
       lambda: params.get('reducer', {}),
       self.exported.config,
     )
 
   def measured(self, spec: Mapping[str, Any]) -> Setting:
     """What a setting does."""
-    words, found = self.splits['valid'].words, []
+    words, found = self.sample.words, []
     for output, batch in self.validation(spec).controlled({}):
       own = {name: getattr(output, name) for name in ('logits', 'macs', 'dense_macs')}
       result = jax.device_get({**own, **{name: batch[name] for name in ('index', 'label', 'weight')}})

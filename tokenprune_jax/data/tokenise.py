@@ -91,6 +91,17 @@ class Split:
     """Where example i lies among all tokens."""
     return slice(self.encoded.starts[i], self.encoded.starts[i + 1])
 
+  def at(self, rows: Int[np.ndarray, ' K']) -> 'Split':
+    """Some of the examples, in the order of `rows`; of whole texts, not of tagged words."""
+    assert self.tags is None
+    tokens, types = (
+      np.concatenate([values[self.place(i)] for i in rows.tolist()])
+      for values in (self.encoded.tokens, self.encoded.token_types)
+    )
+    starts = np.concatenate([[0], np.cumsum(self.lengths[rows], dtype=np.int64)])
+    encoded = Encoded(tokens, types, starts, self.cut[rows])
+    return Split(encoded, self.label[rows], lambda i: self.read(int(rows[i])))
+
   def types(self, i: int) -> Int[np.ndarray, ' n']:
     """Token types of example i: 1 in the second text of a pair, where the model tells them apart."""
     return self.encoded.token_types[self.place(i)].astype(np.int32)
