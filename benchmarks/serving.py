@@ -219,9 +219,9 @@ def line(row: dict[str, Any]) -> str:
   text = f'{row["dataset"]:<5} {row["method"]:<24} {row["seconds"]:7.2f} s  {row["time_ratio"]:5.2f} times the best dense at '
   text += f'{row["mac_ratio"]:.2f} of its MACs: {row["efficiency"]:.2f}'
   if row['arriving']:
-    for one in row['arriving']['rates']:
-      share = one['throughput'] / row['arriving']['offline_throughput']
-      text += f'  arriving at {one["share"]}: {share:.2f}, p50 {one["p50"]:.2f} s, p99 {one["p99"]:.2f} s'
+    for share in ARRIVALS:
+      kept, p50, p99 = arrived(row['arriving'], share)
+      text += f'  arriving at {share}: {kept}, p50 {p50} s, p99 {p99} s'
     text += f'  {row["random"]["requests"]} of random lengths: {row["random"]["recompiled"]} recompiled'
   return text
 

@@ -18,7 +18,7 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 sys.path.insert(
@@ -276,12 +276,12 @@ class Study:
       if point['variant'] == 'untrained' and point['dataset'] == dataset and not point['metrics']
     ]  # fmt: skip
 
-  def without_training(self) -> None:
-    """Dense checkpoints under methods that they were not trained with."""
+  def without_training(self, datasets: Collection[str]) -> None:
+    """Dense checkpoints of these datasets under methods that they were not trained with."""
     if not self.done(approx_row(0)):
       return
     approx = Trained(self.folder(approx_row(0))).params['reducer']
-    for dataset in UNTRAINED_ON:
+    for dataset in (name for name in UNTRAINED_ON if name in datasets):
       row = dense_row(dataset, 0)
       places = self.untrained_places(dataset)
       if not self.done(row) or not (places or dataset not in self.document['divergences']):
@@ -333,13 +333,14 @@ def main() -> None:
   if options.train_only:
     study.train(options.train_only)
     return
-  waiting = [row for row in study.waiting() if row.dataset in (options.datasets or datasets)]
+  chosen = options.datasets or datasets
+  waiting = [row for row in study.waiting() if row.dataset in chosen]
   for number, row in enumerate(waiting[: options.rows], 1):
     print(f'[{number}/{len(waiting)}] {row.dataset} {row.name} seed {row.seed}', flush=True)
     study.finish(row)
     study.save()
   if study.plan.extras:
-    study.without_training()
+    study.without_training(chosen)
   study.save()
   print(study.path.with_suffix('.md').read_text(encoding='utf-8'))
 

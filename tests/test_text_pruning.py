@@ -123,6 +123,15 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
   point['metrics'] = None
   (tmp_path / 'text_pruning.json').write_text(json.dumps(document))
   assert study('--rows=9') == ['sst2/dense-seed0', 'pooled/approx-seed0', 'sst2/sttabt-seed0']
+  document = json.loads((tmp_path / 'text_pruning.json').read_text())
+  place = next(i for i, row in enumerate(document['rows']) if row['variant'] == 'untrained')
+  assert document['rows'][place]['dataset'] == 'sst2'
+  document['rows'][place]['metrics'] = None
+  (tmp_path / 'text_pruning.json').write_text(json.dumps(document))
+  for only, there in (('ag_news', False), ('sst2', True)):  # what needs no training keeps to the datasets too
+    assert study(f'--datasets={only}') == []
+    found = json.loads((tmp_path / 'text_pruning.json').read_text())['rows'][place]
+    assert bool(found['metrics']) == there
   (tmp_path / 'text_pruning.json').write_text(before)
   document = json.loads((tmp_path / 'text_pruning.json').read_text())
   assert {row['reason'] for row in document['rows']} == {None, 'the budget is 0.2, ask for more'}
