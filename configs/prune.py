@@ -8,7 +8,7 @@ dense tagger also tokee, sentee), the workdir of a finished dense run and, where
 method's first stage need not repeat: for sttabt and abt one with a trained ApproxNet (`imdb_sttabt.py:approx`), for tokee
 one of sentee. A method's recipe is that of its own config without the fine-tune at the beginning, so that one dense run
 serves them all. `topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from
-labels alone.
+labels alone; `topk+states` also from what the dense run's head reads.
 """
 
 import json
@@ -51,7 +51,7 @@ RECIPES = {
   'tokee': (conll_tokee, 'tokee,ner'),
   'sentee': (conll_tokee, 'sentee,ner'),
 }
-DISTILLED = '+distil'
+TAUGHT = {'distil': 'distil', 'states': 'distil_states'}  # after a plus: the objective
 KEPT = ('seed', 'task', 'data')  # of the dense run
 
 
@@ -76,18 +76,24 @@ def moved(stage: dict, dense: str, other: str) -> dict:
   return {**stage, **first}
 
 
-def taught(stage: dict, dense: str) -> dict:
-  """A stage that learns half from the dense run's answers where it learned from labels alone."""
-  return {**stage, 'objective': 'distil', 'teacher': dense} if stage['objective'] == 'default' else stage
+def taught(stage: dict, dense: str, objective: str) -> dict:
+  """A stage that learns from the dense run too where it learned from labels alone."""
+  return (
+    {**stage, 'objective': objective, 'teacher': dense}
+    if stage['objective'] in ('default', 'distil')
+    else stage
+  )
 
 
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
-  """The config of 'method[+distil],dense run[,run of the first stage]'."""
+  """The config of 'method[+distil|+states],dense run[,run of the first stage]'."""
   name, _, folders = argument.partition(',')
   dense, _, other = folders.partition(',')
-  method = name.removesuffix(DISTILLED)
+  method, plus, teaching = name.partition('+')
   if method not in RECIPES:
     raise UserError(f'the config has no method {method!r}; choose one of {", ".join(RECIPES)}')
+  if plus and teaching not in TAUGHT:
+    raise UserError(f'the config has no {method}+{teaching}; after the plus is one of {", ".join(TAUGHT)}')
   given, (recipe, variant) = read(dense), RECIPES[method]
   left_out = {'tune', 'approx', 'joint'} if other else {'tune'}
   config = recipe.get_config(f'{variant},{given["model"]["weights"]}')
@@ -98,6 +104,6 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.stages = tuple(
       moved(dict(stage), dense, other) for stage in config.stages if stage['name'] not in left_out
     )
-    if name != method:
-      config.stages = tuple(taught(dict(stage), dense) for stage in config.stages)
+    if plus:
+      config.stages = tuple(taught(dict(stage), dense, TAUGHT[teaching]) for stage in config.stages)
   return config

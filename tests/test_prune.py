@@ -135,7 +135,8 @@ def test_any_method_may_learn_from_the_dense_runs_answers(runs):
   assert soft['teacher'] == hard['teacher'] == dense and hard['init'] == 'soft'
   assert soft['objective'] == hard['objective'] == 'distil'
   checked(config)
-  with pytest.raises(UserError, match="no method 'ltp\\+dist'"):
+  assert {stage['objective'] for stage in given('topk+states', dense)['stages']} == {'distil_states'}
+  with pytest.raises(UserError, match='no ltp\\+dist; after the plus is one of distil, states'):
     given('ltp+dist', dense)
 
 

@@ -1,6 +1,7 @@
 """The half-depth student: its loss against a loop, its two stages, and what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import models, tasks, train
+from tokenprune_jax import models, stages, tasks, train
 from tokenprune_jax.errors import UserError
 
 
@@ -20,6 +21,38 @@ def test_divergence_is_that_of_softened_logits():
     assert float(found) == pytest.approx(4 * sum(a * math.log(a / b) for a, b in zip(p, q)), rel=1e-4)
 
 
+def test_states_are_apart_by_their_angle_whatever_their_lengths():
+  rng = np.random.default_rng(0)
+  teacher, pupil = rng.normal(size=(2, 3, 4)).astype(np.float32)
+  for row, found in enumerate(tasks.apart(jnp.asarray(teacher), jnp.asarray(5 * pupil))):
+    a, b = teacher[row].tolist(), pupil[row].tolist()
+    cosine = sum(x * y for x, y in zip(a, b)) / math.hypot(*a) / math.hypot(*b)
+    assert float(found) == pytest.approx(1 - cosine, rel=1e-4)
+  same, nothing = jnp.asarray(teacher), jnp.zeros((3, 4))
+  assert np.allclose(tasks.apart(same, same), 0, atol=1e-6) and np.all(tasks.apart(same, nothing) == 1)
+
+
+@pytest.mark.parametrize('labels', ['of rows', 'of words'])
+def test_states_count_where_labels_do(labels):
+  rng = np.random.default_rng(0)
+  shape = (3,) if labels == 'of rows' else (3, 4)
+  label = np.maximum(rng.integers(-1, 3, size=shape), -1 if labels == 'of words' else 0)
+  batch = {'label': jnp.asarray(label), 'weight': jnp.asarray([1.0, 1.0, 0.0])}
+  logits, states = rng.normal(size=(2, *shape, 3)), rng.normal(size=(2, *shape, 5))
+  mine, theirs = (
+    SimpleNamespace(logits=jnp.asarray(a), read=jnp.asarray(b), loss=0.25) for a, b in zip(logits, states)
+  )
+  task = tasks.make('classify' if labels == 'of rows' else 'tag')
+
+  def loss(states):
+    return stages.distillation(task, states)(lambda *_: mine, None, batch, None, lambda _: theirs)
+
+  counts = (label >= 0) & (np.arange(3) < 2).reshape(-1, *[1] * (label.ndim - 1))
+  far = np.asarray(tasks.apart(theirs.read, mine.read))[counts].mean()
+  assert float(loss(True)[1]['states_loss']) == pytest.approx(far, rel=1e-5)
+  assert float(loss(True)[0] - loss(False)[0]) == pytest.approx(far, rel=1e-4)
+
+
 def test_a_student_is_distilled_from_the_stage_before(tmp_path):
   wanted = tiny_config(
     reducer={'name': 'student', 'layers': (1, 4)},
@@ -27,12 +60,12 @@ def test_a_student_is_distilled_from_the_stage_before(tmp_path):
   )
   wanted['stages'] = (
     {'name': 'tune', 'epochs': 1, 'reducer': {'name': 'none'}},
-    {'name': 'distil', 'epochs': 2, 'init': 'tune', 'teacher': 'tune', 'objective': 'distil'},
+    {'name': 'distil', 'epochs': 2, 'init': 'tune', 'teacher': 'tune', 'objective': 'distil_states'},
   )
   outcome = train.run(wanted, tmp_path)
   assert outcome['mac_ratio'] == pytest.approx(0.5, abs=0.01)
   rows = [row for row in lines(tmp_path, 'train') if row['stage'] == 'distil']
-  assert rows[-1]['distil_loss'] < rows[0]['distil_loss']
+  assert rows[-1]['distil_loss'] < rows[0]['distil_loss'] and rows[-1]['states_loss'] < rows[0]['states_loss']
 
 
 def test_without_a_teacher_it_is_refused(tmp_path):

@@ -211,7 +211,7 @@ def test_a_method_brings_objective_teacher_and_what_it_hands_on(method, tmp_path
   assert 'distance' in second[0] and 'distance' not in rows[0]
   assert second[0]['distance'] < 1e-6 + second[0]['loss']
   wanted['stages'] = ({'name': 'first', 'objective': 'matches'},)
-  with pytest.raises(UserError, match='there is: default, distil, match, broken'):
+  with pytest.raises(UserError, match='there is: default, distil, distil_states, match, broken'):
     train.run(wanted, tmp_path / 'other')
 
 

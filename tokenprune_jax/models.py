@@ -81,8 +81,8 @@ class Output:
   """logits [b c] float32, of a tagger [b N c] (0 at padding); loss: what the method adds to the task's loss.
 
   trace: what was computed.
-  macs, dense_macs [b]: multiply-adds of each example, also of the plain encoder. exits: logits [b e c] of the method's
-  exits, where it has any.
+  macs, dense_macs [b]: multiply-adds of each example, also of the plain encoder. read [b d], of a tagger [b N d]: what
+  the head read. exits: logits [b e c] of the method's exits, where it has any.
   """
 
   logits: Array
@@ -90,6 +90,7 @@ class Output:
   trace: Trace
   macs: Array
   dense_macs: Array
+  read: Array
   exits: Array | None = None
 
 
@@ -199,7 +200,7 @@ class Classifier(nn.Module):
       real = batch['mask'].any(-1)
       share = weighted_mean(macs, real) / weighted_mean(dense, real)
       loss += memory['mac_weight'] * (share - memory['mac_target']) ** 2
-    return Output(logits, loss, trace, macs, dense, memory.get('logits'))
+    return Output(logits, loss, trace, macs, dense, read, memory.get('logits'))
 
   def init_params(self, key: Array) -> dict:
     """Random parameters, the tree described in `pretrained`."""

@@ -14,8 +14,8 @@ A method brings its own in `reducers/NAME.py`, beside its module, as plain value
 fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass
 (`models.Output`), with dropout and noise where rng is not None; an objective may call it several times.
 `teacher(batch)` is the forward pass of the stage's teacher, without gradient; None without a teacher. Losses
-and metrics are means over the batch's rows by `batch['weight']`. `default` (the task's loss) and `distil` (half of it, half a
-teacher's answers) are there for every method.
+and metrics are means over the batch's rows by `batch['weight']`. There for every method: `default` (the task's loss),
+`distil` (half of it, half a teacher's answers) and `distil_states` (that, and what the teacher's head reads).
 """
 
 import importlib
@@ -31,7 +31,7 @@ from tokenprune_jax import reducers
 from tokenprune_jax.encoder import Trace
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, Output
-from tokenprune_jax.tasks import Task, label_weight, softened, weighted_mean
+from tokenprune_jax.tasks import Task, apart, label_weight, softened, weighted_mean
 
 Apply = Callable[..., Output]  # (params, batch, rng=None)
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (apply, params, batch, rng, teacher)
@@ -107,15 +107,22 @@ def default_objective(task: Task) -> Objective:
   return objective
 
 
-def distillation(task: Task) -> Objective:
-  """Half the teacher's softened answers, half the labels, plus what the method adds; for every method."""
+def distillation(task: Task, states: bool = False) -> Objective:
+  """Half the teacher's softened answers, half the labels, plus what the method adds; for every method.
+
+  states: plus how far apart the directions are of what the two heads read (`tasks.apart`).
+  """
 
   def distil(apply, params, batch, rng, teacher):
-    output = apply(params, batch, rng)
-    soft = weighted_mean(softened(teacher(batch).logits, output.logits), label_weight(batch))
+    output, taught, weight = apply(params, batch, rng), teacher(batch), label_weight(batch)
+    soft = weighted_mean(softened(taught.logits, output.logits), weight)
     loss = task.loss(output.logits, batch)
     said = {'task_loss': loss, 'distil_loss': soft, 'reducer_loss': output.loss}
-    return 0.5 * (soft + loss) + output.loss, said
+    total = 0.5 * (soft + loss) + output.loss
+    if states:
+      said['states_loss'] = weighted_mean(apart(taught.read, output.read), weight)
+      total += said['states_loss']
+    return total, said
 
   return distil
 
@@ -128,7 +135,8 @@ def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task
         f'stage {stage["name"]!r} names a teacher, but its objective is the default one, without any.'
       )
     return default_objective(task)
-  brought, taught = {'distil': distillation(task)}, {'distil'}
+  brought = {'distil': distillation(task), 'distil_states': distillation(task, states=True)}
+  taught = set(brought)
   for name in names(spec):
     brought |= getattr(module(name), 'OBJECTIVES', {})
     taught |= set(getattr(module(name), 'TAUGHT', ()))

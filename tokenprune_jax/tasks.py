@@ -48,6 +48,13 @@ def softened(
   return temperature**2 * divergence(teacher / temperature, student / temperature)
 
 
+def apart(teacher: Float[Array, '*b d'], student: Float[Array, '*b d']) -> Float[Array, '*b']:
+  """1 - cosine of two states, 0 where they point the same way (DistilBERT; arXiv 1910.01108)."""
+  teacher, student = (x.astype(jnp.float32) for x in (teacher, student))
+  lengths = jnp.sum(jnp.square(teacher), -1) * jnp.sum(jnp.square(student), -1)
+  return 1 - jnp.sum(teacher * student, -1) * jax.lax.rsqrt(jnp.maximum(lengths, 1e-12))
+
+
 def weighted_mean(
   values: Float[Array, '*b'], weight: Float[Array, '*b'] | Bool[Array, '*b']
 ) -> Float[Array, '']:
