@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.text_runs import CORPORA, KEEP, METHODS, MIXES, PAPERS, TRAINED_AT, UNTRAINED, Plan, dense_row
+from benchmarks.text_runs import (
+  CORPORA,
+  KEEP,
+  LONG,
+  METHODS,
+  MIXES,
+  PAPERS,
+  TRAINED_AT,
+  UNTRAINED,
+  Plan,
+  dense_row,
+)
 from tokenprune_jax import metrics
 
 NOT_RUN = 'Not run yet.\n'
@@ -156,7 +167,8 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
     f'# {plan.title}\n\nMiniLM-L6 (6 x 384) where no other is named, [CLS] read-out; all start from the same dense '
     'fine-tunes. Accuracy on the test split, in percent; MACs and keys kept count real tokens. *times dense*: '
     'throughput of seed 0 on the clock, beside the fastest dense. *the paper*: its accuracy (and dense beside it) at '
-    'its share of the cost, of a model twice as deep and twice as wide.\n'
+    'its share of the cost, of a model twice as deep and twice as wide. *Distilled with states*, as students are: the last '
+    f"stage has {LONG} epochs, where the methods' own recipes have 1 or 2.\n"
   ]
   for dataset in plan.seeds:
     title = CORPORA[dataset].title

@@ -16,7 +16,7 @@ NOTE = 6.6  # pixels of a letter of the note below
 LONGEST, LETTER = 22, 8.5  # letters of a word that are shown, and pixels of one: words stand upright
 
 
-SEEN = 'Dark: every head still sees the word; blank: none does'
+SEEN = 'Dark: every head sees all of the word; pale: a part of its pieces or heads; blank: none'
 
 
 def write_layers(readings: Mapping[str, Reading], path: str, title: str = '', meaning: str = SEEN) -> None:
