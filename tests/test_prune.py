@@ -148,6 +148,15 @@ def test_methods_that_tag_words_do_not_start_from_a_classifier_of_texts(runs, me
     checked(config)
 
 
+def test_a_run_that_is_named_for_a_methods_parameters_has_some(runs):
+  dense = str(runs / 'dense')
+  with pytest.raises(UserError, match="stage 'soft': sttabt starts from '.*dense', which has no reducer/"):
+    checked(given('sttabt', dense, dense))
+  goes_on = DISTIL | {'init': dense, 'init_reducer': dense}
+  with pytest.raises(UserError, match="stage 'approx': sttabt starts from '.*dense', which has no reducer/"):
+    checked(tiny(APPROX, goes_on))
+
+
 def test_other_encoders_are_refused(runs):
   config = given('sttabt', runs / 'dense', runs / 'approx')
   config['model']['weights'] = 'random:bert:layers=2,width=32,heads=2,hidden=64,vocab=256'

@@ -96,21 +96,23 @@ def check_inherited(
 
   earlier: the models of the stages before it.
   """
+  source = stage['init_reducer'] or stage['init']
+  wanted = [('reducer/.*', spec['name'])] if stage['init_reducer'] else []
   for path, member in stages.placed(spec):
     inherits = getattr(stages.module(member['name']), 'inherits', None)
-    wanted = inherits(member) if inherits else ''
-    if not wanted:
-      continue
-    source = stage['init_reducer'] or stage['init']
-    if source == 'pretrained':
-      there: set[str] = set()
-    elif source in earlier:
-      there = set(optim.flatten(param_shapes(earlier[source])))
-    else:
-      there = set(optim.flatten(exported(source, config).params))
-    prefix = '/'.join(('reducer', *path, ''))
-    if not any(re.fullmatch(re.escape(prefix) + wanted, name) for name in there):
+    if inherits and inherits(member):
+      wanted.append(('/'.join(('reducer', *path, inherits(member))), member['name']))
+  if not wanted:
+    return
+  if source == 'pretrained':
+    there: set[str] = set()
+  elif source in earlier:
+    there = set(optim.flatten(param_shapes(earlier[source])))
+  else:
+    there = set(optim.flatten(exported(source, config).params))
+  for pattern, name in wanted:
+    if not any(re.fullmatch(pattern, path) for path in there):
       raise UserError(
-        f"stage {stage['name']!r}: {member['name']} starts from '{source}', which has no {prefix}{wanted} in it. Name a "
+        f"stage {stage['name']!r}: {name} starts from '{source}', which has no {pattern} in it. Name a "
         "stage or a finished run that learned these, in the stage's init or init_reducer."
       )
