@@ -77,12 +77,10 @@ def moved(stage: dict, dense: str, other: str) -> dict:
 
 
 def taught(stage: dict, dense: str, objective: str) -> dict:
-  """A stage that learns from the dense run too where it learned from labels alone."""
-  return (
-    {**stage, 'objective': objective, 'teacher': dense}
-    if stage['objective'] in ('default', 'distil')
-    else stage
-  )
+  """A stage that learns from the dense run in that way where it learned from labels alone, or from answers."""
+  if stage['objective'] not in ('default', 'distil'):
+    return stage
+  return {**stage, 'objective': objective, 'teacher': dense}
 
 
 def get_config(argument: str = '') -> ml_collections.ConfigDict:

@@ -150,7 +150,9 @@ def test_methods_that_tag_words_do_not_start_from_a_classifier_of_texts(runs, me
 
 def test_a_run_that_is_named_for_a_methods_parameters_has_some(runs):
   dense = str(runs / 'dense')
-  with pytest.raises(UserError, match="stage 'soft': sttabt starts from '.*dense', which has no reducer/"):
+  with pytest.raises(
+    UserError, match="stage 'soft': sttabt starts from '.*dense', which has no reducer/approx/"
+  ):
     checked(given('sttabt', dense, dense))
   goes_on = DISTIL | {'init': dense, 'init_reducer': dense}
   with pytest.raises(UserError, match="stage 'approx': sttabt starts from '.*dense', which has no reducer/"):

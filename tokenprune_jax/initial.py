@@ -94,14 +94,17 @@ def check_inherited(
 ) -> None:
   """Raises UserError where a stage starts without what an earlier one has to have learned (`stages`: inherits).
 
+  What `init_reducer` names has some of a method's parameters, whether or not the method cannot start without them.
   earlier: the models of the stages before it.
   """
   source = stage['init_reducer'] or stage['init']
-  wanted = [('reducer/.*', spec['name'])] if stage['init_reducer'] else []
+  wanted = []
   for path, member in stages.placed(spec):
     inherits = getattr(stages.module(member['name']), 'inherits', None)
     if inherits and inherits(member):
       wanted.append(('/'.join(('reducer', *path, inherits(member))), member['name']))
+  if stage['init_reducer'] and not wanted:
+    wanted = [('reducer/.*', spec['name'])]
   if not wanted:
     return
   if source == 'pretrained':
