@@ -193,7 +193,8 @@ def extra_page(document: Mapping[str, Any]) -> str:
     table = untrained_table(document, dataset)
     parts += [f'### {CORPORA[dataset].title}\n\n{table}', mixes_line(document, dataset)]
   kl = ''.join(
-    f'- {CORPORA[dataset].title}: distilled {found["distilled"]:.3f}, random {found["random"]:.3f}\n'
+    f'- {CORPORA[dataset].title}: distilled {found["distilled"]:.3f}, of all texts pooled {found["pooled"]:.3f}, '
+    f'random {found["random"]:.3f}\n'
     for dataset, found in (document.get('divergences') or {}).items()
   )
   parts.append(f'### ApproxNet\n\nKL of its attention from the true one, nats:\n\n{kl or NOT_RUN}')

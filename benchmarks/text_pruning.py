@@ -1,17 +1,19 @@
 """Methods on texts, all on one footing: learned pruning (LTP, STTABT, PoWER-BERT, top-k, …), or exits and both.
 
     python benchmarks/text_pruning.py [--study=text_pruning|exits] [--data=data] [--runs=runs] [--rows=N] [--results=results]
-                                      [--datasets=DATASETS] [--train_only=DATASETS]
+                                      [--datasets=DATASETS] [--train_only=DATASETS] [--measure_only]
 
 One dense MiniLM-L6 a dataset and seed, which every method starts from (configs/prune.py); what takes a budget is trained at
 about 0.4 of dense's multiply-adds, and then set to others on the validation split, without training. The test split only
 reports. `--data` holds sst2/ and ag_news/, each with train, valid and test.jsonl.gz: lines {"text": …, "label": …}. The
 queue goes on with the same command after any stop, needs no run again of what it has measured, and writes
 results/STUDY.json, its table and its plots. `--datasets` runs and measures those alone, and a second process may train
-the runs of others beside it (`--train_only=ag_news,pooled`), which the queue later only measures.
+the runs of others beside it (`--train_only=ag_news,pooled`), which the queue later only measures; `--measure_only` trains
+nothing.
 
 The study of pruning asks besides: what a dense checkpoint loses without any training, on these and BBC News; how near a
-distilled ApproxNet comes to the true attention; and how methods trained on the shortest half of the texts do on longer ones.
+distilled ApproxNet comes to the true attention, one of all texts pooled and one that went on from there on the dataset's own
+dense run; and how methods trained on the shortest half of the texts do on longer ones.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from benchmarks.text_runs import (
   Plan,
   approx_row,
   dense_row,
+  own_approx_row,
   placed,
   rows,
   write_corpora,
@@ -109,8 +112,13 @@ def untrained_points() -> Iterator[dict[str, Any]]:
         yield {**empty(Row(dataset, f'abt {mix}', '', 0), keep), 'variant': 'untrained', 'mix': mix}
 
 
-def untrained(point: dict[str, Any], dense: Trained, approx: Mapping[str, Any]) -> dict[str, Any]:
-  """A point of a dense checkpoint under a method that it was not trained with. approx: the ApproxNet's parameters."""
+def untrained(
+  point: dict[str, Any], dense: Trained, approx: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+  """A point of a dense checkpoint under a method that it was not trained with.
+
+  approx: parameters of the 'distilled' ApproxNet, the dataset's own, and of the 'pooled' one.
+  """
   from tokenprune_jax import schedule
 
   name, keep = point['name'].split()[0], point['budget']
@@ -120,7 +128,8 @@ def untrained(point: dict[str, Any], dense: Trained, approx: Mapping[str, Any]) 
     spec['shares'] = tuple(round(share, 4) for share in schedule.manual(keep, depth))
   else:
     spec |= {'keep': keep, 'mix': 0.1 if point['mix'] is None else point['mix']}
-  return {**point, **dense.evaluate(spec, params=with_approx(dense, spec, approx)), 'reducer': spec}
+  params = with_approx(dense, spec, approx['pooled' if name == 'pooled' else 'distilled'])
+  return {**point, **dense.evaluate(spec, params=params), 'reducer': spec}
 
 
 def with_approx(dense: Trained, spec: Mapping[str, Any], approx: Mapping[str, Any]) -> Any:
@@ -144,8 +153,8 @@ def with_approx(dense: Trained, spec: Mapping[str, Any], approx: Mapping[str, An
   }
 
 
-def divergences(dense: Trained, approx: Mapping[str, Any]) -> dict[str, float]:
-  """KL(true attention || ApproxNet's), mean over rows, heads, layers and validation texts: distilled, and at random."""
+def divergences(dense: Trained, approx: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+  """KL(true attention || ApproxNet's), mean over rows, heads, layers and validation texts, of each; and at random."""
   import jax
 
   from tokenprune_jax.attention import soft_weights
@@ -174,7 +183,7 @@ def divergences(dense: Trained, approx: Mapping[str, Any]) -> dict[str, float]:
     return sum(sttabt.map_divergence(a, b, valid) for a, b in pairs) / config.depth
 
   found = {}
-  for name, student in (('distilled', approx), ('random', fresh)):
+  for name, student in (*approx.items(), ('random', fresh)):
     batches = dense.validation({'name': 'none'}).batches()
     found[name] = float(np.mean([float(apart(batch, student)) for batch in batches]))
   return found
@@ -235,7 +244,8 @@ class Study:
     if self.plan.extras:
       for dataset in UNTRAINED_ON:
         if self.untrained_places(dataset) or dataset not in self.document['divergences']:
-          needed |= {self.folder(placed(row, self.options)) for row in (dense_row(dataset, 0), approx_row(0))}
+          asked = dense_row(dataset, 0), approx_row(0), own_approx_row(dataset, 0)
+        needed |= {self.folder(placed(row, self.options)) for row in asked}
     found = []
     for row in reversed(self.runs):  # a run stands behind those that it starts from
       told = row.dataset != 'ag_short' or row.name in self.document['quartiles']
@@ -278,15 +288,17 @@ class Study:
 
   def without_training(self, datasets: Collection[str]) -> None:
     """Dense checkpoints of these datasets under methods that they were not trained with."""
-    if not self.done(approx_row(0)):
-      return
-    approx = Trained(self.folder(approx_row(0))).params['reducer']
     for dataset in (name for name in UNTRAINED_ON if name in datasets):
-      row = dense_row(dataset, 0)
+      row, students = (
+        dense_row(dataset, 0),
+        {'distilled': own_approx_row(dataset, 0), 'pooled': approx_row(0)},
+      )
       places = self.untrained_places(dataset)
-      if not self.done(row) or not (places or dataset not in self.document['divergences']):
+      ready = all(map(self.done, (row, *students.values())))
+      if not ready or not (places or dataset not in self.document['divergences']):
         continue
       dense = Trained(self.folder(row), FOUND_ON)
+      approx = {name: Trained(self.folder(found)).params['reducer'] for name, found in students.items()}
       for place in places:
         point = self.document['rows'][place] = untrained(self.document['rows'][place], dense, approx)
         tell(point)
@@ -320,6 +332,9 @@ def main() -> None:
   parser.add_argument(
     '--train_only', type=speed.words, default=[], help='train the runs of these datasets and measure nothing'
   )
+  parser.add_argument(
+    '--measure_only', action='store_true', help='measure what is trained, and train nothing'
+  )
   options = parser.parse_args()
   try:
     write_corpora(options)
@@ -334,7 +349,9 @@ def main() -> None:
     study.train(options.train_only)
     return
   chosen = options.datasets or datasets
-  waiting = [row for row in study.waiting() if row.dataset in chosen]
+  waiting = [
+    row for row in study.waiting() if row.dataset in chosen and (study.done(row) or not options.measure_only)
+  ]
   for number, row in enumerate(waiting[: options.rows], 1):
     print(f'[{number}/{len(waiting)}] {row.dataset} {row.name} seed {row.seed}', flush=True)
     study.finish(row)

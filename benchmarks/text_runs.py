@@ -40,6 +40,7 @@ CORPORA = {
   'bbc': Corpus('BBC News', 256, (64, 128, 192, 256), 3),
 }
 BUDGET = (f'reducer.target_macs={TRAINED_AT}',)
+ADAPTED = 3  # epochs that an ApproxNet of all texts goes on for on the attention of a dataset's own dense run
 LONG = 5  # epochs of the last stage where a teacher's states are learned: they go on telling more when labels are known
 
 
@@ -56,6 +57,9 @@ METHODS = {
   'dense_more': Method('dense, trained on', 'dense'),
   'ltp': Method('LTP', 'ltp', BUDGET, 'serve'),
   'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5'), 'serve'),
+  'sttabt_pooled': Method(
+    'STTABT, Concrete, ApproxNet of all texts pooled', 'sttabt', (*BUDGET, 'reducer.theta=-0.5'), 'serve'
+  ),
   'power': Method('PoWER-BERT', 'power', BUDGET),
   'topk': Method('top-k', 'topk'),
   'topk_distil': Method('top-k, distilled', 'topk+distil'),
@@ -121,6 +125,7 @@ PLANS = {
       'dense_more',
       'topk_distil',
       'ltp_states',
+      'sttabt_pooled',
       'topk_cls',
       'topk_random',
       'topk_cumulative',
@@ -148,6 +153,7 @@ UNTRAINED = {
   'manual': ('top-k on the way up', {'name': 'topk', 'score': 'received'}),
   'abt': ('back-tracking, ApproxNet', {'name': 'sttabt', 'mode': 'topk'}),
   'oracle': ('back-tracking, true attention', {'name': 'sttabt', 'mode': 'topk', 'factor': 1}),
+  'pooled': ('back-tracking, ApproxNet of all texts pooled', {'name': 'sttabt', 'mode': 'topk'}),
   'random': ('top-k at random', {'name': 'topk', 'score': 'random'}),
 }
 KEEP = (0.1, 0.2, 0.3, 0.4, 0.6)  # of the tokens, by layer
@@ -183,10 +189,18 @@ def approx_row(seed: int) -> Row:
   return Row('pooled', 'approx', 'approx', seed, overrides, 'configs/imdb_sttabt.py', False)
 
 
+def own_approx_row(dataset: str, seed: int) -> Row:
+  """The ApproxNet of a dataset's dense run, which goes on from that of the pretrained encoder."""
+  dense = f'{{runs}}/{dataset}/{dense_row(dataset, seed).name}-seed{seed}'
+  variant = f'approx,{dense},{{runs}}/pooled/approx-seed{seed}'
+  return Row(dataset, 'approx', variant, seed, (f'stages[0].epochs={ADAPTED}',), 'configs/prune.py', False)
+
+
 def method_row(dataset: str, name: str, seed: int) -> Row:
   """A method, from the dense run of its dataset and seed."""
   method = METHODS[name]
-  approx = f',{{runs}}/pooled/approx-seed{seed}' if method.recipe == 'sttabt' else ''
+  place = 'pooled' if name == 'sttabt_pooled' else dataset
+  approx = f',{{runs}}/{place}/approx-seed{seed}' if method.recipe == 'sttabt' else ''
   variant = f'{method.recipe},{{runs}}/{dataset}/{dense_row(dataset, seed).name}-seed{seed}{approx}'
   return Row(dataset, name, variant, seed, method.overrides, 'configs/prune.py', False)
 
@@ -200,9 +214,12 @@ def rows(plan: Plan) -> Iterator[Row]:
       yield from (method_row(dataset, name, seed) for name in plan.methods(dataset) if name != 'sttabt')
     if 'sttabt' in plan.main:
       yield approx_row(seed)
-      yield from (method_row(dataset, 'sttabt', seed) for dataset in datasets)
+      for dataset in datasets:
+        yield own_approx_row(dataset, seed)
+        yield method_row(dataset, 'sttabt', seed)
     if plan.extras and seed == 0:
       yield dense_row('bbc', 0)
+      yield own_approx_row('bbc', 0)
       yield dense_row('ag_short', 0)
       yield from (method_row('ag_short', name, 0) for name in ('ltp', 'power', 'topk'))
     if seed == 0:

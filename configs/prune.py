@@ -3,12 +3,13 @@
     python main.py --config=configs/prune.py:ltp,runs/dense --workdir=runs/ltp --config.reducer.target_macs=0.4
 
 After the colon: a method (dense: trained on as long as most of them; pf, c_late, c_early, pfc_late, pfc_early, ltp, power,
-sttabt, abt: back-tracking without thresholds, topk, cascade, spatten, manual, exits, pyramid, student, student_third; of a
-dense tagger also tokee, sentee), the workdir of a finished dense run and, where there is one, that of a run which the
-method's first stage need not repeat: for sttabt and abt one with a trained ApproxNet (`imdb_sttabt.py:approx`), for tokee
-one of sentee. A method's recipe is that of its own config without the fine-tune at the beginning, so that one dense run
-serves them all. `topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from
-labels alone; `topk+states` also from what the dense run's head reads.
+sttabt, abt: back-tracking without thresholds, approx: their ApproxNet alone, topk, cascade, spatten, manual, exits, pyramid,
+student, student_third; of a dense tagger also tokee, sentee), the workdir of a finished dense run and, where there is one,
+that of a run which the method's first stage need not repeat: for sttabt and abt one of approx, for tokee one of sentee.
+approx itself goes on from a given one, of other texts or of the pretrained encoder (`imdb_sttabt.py:approx`). A method's
+recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
+`topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from labels alone;
+`topk+states` also from what the dense run's head reads.
 """
 
 import json
@@ -40,6 +41,7 @@ RECIPES = {
   'power': (imdb_power, 'searched'),
   'sttabt': (imdb_sttabt, 'concrete'),
   'abt': (imdb_sttabt, 'topk'),
+  'approx': (imdb_sttabt, 'approx'),
   'topk': (imdb_topk, 'third'),
   'cascade': (imdb_topk, 'cascade'),
   'spatten': (imdb_topk, 'spatten'),
@@ -68,7 +70,7 @@ def read(folder: str) -> dict:
 
 def moved(stage: dict, dense: str, other: str) -> dict:
   """A stage that starts from the given runs where it started from earlier stages."""
-  if stage['init'] == 'approx' and other:
+  if other and (stage['init'] == 'approx' or stage['name'] == 'approx'):
     stage |= {'init': dense, 'init_reducer': other}
   if stage['init'] == 'joint' and other:
     stage |= {'init': other, 'teacher': other}
@@ -93,7 +95,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
   if plus and teaching not in TAUGHT:
     raise UserError(f'the config has no {method}+{teaching}; after the plus is one of {", ".join(TAUGHT)}')
   given, (recipe, variant) = read(dense), RECIPES[method]
-  left_out = {'tune', 'approx', 'joint'} if other else {'tune'}
+  left_out = {'tune', 'approx', 'joint'} - {method} if other else {'tune'}
   config = recipe.get_config(f'{variant},{given["model"]["weights"]}')
   with config.unlocked():
     for key in KEPT:

@@ -3,10 +3,12 @@
 import json
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from tests.tiny_run import config as tiny_config
-from tokenprune_jax import session, settings, tasks, train
+from tokenprune_jax import export, session, settings, tasks, train
 from tokenprune_jax.errors import UserError
 
 sys.path.insert(0, '.')  # configs is no part of the installed package
@@ -61,6 +63,19 @@ def test_thresholds_are_learned_from_two_runs(runs, tmp_path):
   for stage in ('soft', 'hard'):
     found = result['stages'][stage]['fields']['sttabt']
     assert found['shift'] != 0 and len(found['capacities']) == 4
+
+
+def test_an_approx_net_goes_on_from_other_texts(runs, tmp_path):
+  config = given('approx', runs / 'dense', runs / 'approx')
+  [found] = config['stages']
+  assert (found['init'], found['init_reducer']) == (str(runs / 'dense'), str(runs / 'approx'))
+  found['rate'] = 0.0  # so that what it begins with is what it ends with
+  train.run(config, tmp_path)
+  before, after, dense = (
+    export.load_exported(folder / 'model').params for folder in (runs / 'approx', tmp_path, runs / 'dense')
+  )
+  jax.tree.map(np.testing.assert_array_equal, *(p['reducer']['approx']['encoder'] for p in (before, after)))
+  jax.tree.map(np.testing.assert_array_equal, after['encoder'], dense['encoder'])
 
 
 def test_a_student_learns_from_another_run(runs, tmp_path):

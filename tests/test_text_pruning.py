@@ -93,7 +93,9 @@ def study(monkeypatch, tmp_path):
   monkeypatch.setattr(datasets, 'package_files', lambda *_: [])
   monkeypatch.setattr(text_pruning, 'Trained', Trained)
   monkeypatch.setattr(text_pruning, 'with_approx', lambda *_: None)
-  monkeypatch.setattr(text_pruning, 'divergences', lambda *_: {'distilled': 0.2, 'random': 1.6})
+  monkeypatch.setattr(
+    text_pruning, 'divergences', lambda *_: {'distilled': 0.2, 'pooled': 0.3, 'random': 1.6}
+  )
   bootstrap = report.metrics.paired_bootstrap
   monkeypatch.setattr(report.metrics, 'paired_bootstrap', lambda *given: bootstrap(*given, draws=50))
   run.failing = failing
@@ -108,6 +110,12 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
   found = json.loads((tmp_path / 'text_pruning.json').read_text())
   assert [row['reason'] for row in found['rows'] if row['name'] == 'ltp'][0] == 'no room'
   study.failing.clear()
+  place = next(i for i, row in enumerate(found['rows']) if row['name'] == 'topk' and row['budget'] == 0.3)
+  assert found['rows'][place]['metrics']
+  found['rows'][place]['metrics'] = None
+  (tmp_path / 'text_pruning.json').write_text(json.dumps(found))
+  assert study('--measure_only') == []  # ltp and all that follow wait for their training
+  assert json.loads((tmp_path / 'text_pruning.json').read_text())['rows'][place]['metrics']
   first = study('--rows=1')
   assert first == ['sst2/ltp-seed0']
   assert study('--datasets=ag_news', '--rows=1') == ['ag_news/dense-seed0']  # though others come before it
@@ -122,7 +130,9 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
   point = next(row for row in document['rows'] if row['name'] == 'sttabt' and row['budget'] == 0.3)
   point['metrics'] = None
   (tmp_path / 'text_pruning.json').write_text(json.dumps(document))
-  assert study('--rows=9') == ['sst2/dense-seed0', 'pooled/approx-seed0', 'sst2/sttabt-seed0']
+  assert study('--rows=9') == [
+    f'{name}-seed0' for name in ('sst2/dense', 'pooled/approx', 'sst2/approx', 'sst2/sttabt')
+  ]
   document = json.loads((tmp_path / 'text_pruning.json').read_text())
   place = next(i for i, row in enumerate(document['rows']) if row['variant'] == 'untrained')
   assert document['rows'][place]['dataset'] == 'sst2'
@@ -140,7 +150,9 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
   ) >= {'accuracy'}
   text = (tmp_path / 'text_pruning.md').read_text()
   assert (
-    'chosen on validation' in text and 'distilled 0.200, random 1.600' in text and 'up to 39 tokens' in text
+    'chosen on validation' in text
+    and 'distilled 0.200, of all texts pooled 0.300, random 1.600' in text
+    and 'up to 39 tokens' in text
   )
   lines = [line for line in text.splitlines() if line.startswith(('| LTP |', '| LTP *'))]
   assert len(lines) == 2 * (1 + len(PLAN.budgets) - 1) + 1
