@@ -245,7 +245,7 @@ class Study:
       for dataset in UNTRAINED_ON:
         if self.untrained_places(dataset) or dataset not in self.document['divergences']:
           asked = dense_row(dataset, 0), approx_row(0), own_approx_row(dataset, 0)
-        needed |= {self.folder(placed(row, self.options)) for row in asked}
+          needed |= {self.folder(placed(row, self.options)) for row in asked}
     found = []
     for row in reversed(self.runs):  # a run stands behind those that it starts from
       told = row.dataset != 'ag_short' or row.name in self.document['quartiles']
