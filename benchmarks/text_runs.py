@@ -124,7 +124,6 @@ PLANS = {
     (
       'dense_more',
       'topk_distil',
-      'ltp_states',
       'sttabt_pooled',
       'topk_cls',
       'topk_random',
@@ -134,6 +133,7 @@ PLANS = {
       'spatten',
       'student',
       'student_third',
+      'ltp_states',
     ),
     (0.4, 0.55, 0.48, 0.3, 0.7, 0.2),
     extras=True,
