@@ -67,6 +67,12 @@ METHODS = {
   'ltp_states': Method(
     'LTP, distilled with states', 'ltp+states', (*BUDGET, f'stages[1].epochs={LONG}'), 'serve'
   ),
+  'sttabt_states': Method(
+    'STTABT, Concrete, distilled with states',
+    'sttabt+states',
+    (*BUDGET, 'reducer.theta=-0.5', f'stages[1].epochs={LONG}'),
+    'serve',
+  ),
   'topk_cls': Method('top-k by [CLS]', 'topk', ('reducer.score=cls',)),
   'topk_random': Method('top-k at random', 'topk', ('reducer.score=random',)),
   'topk_cumulative': Method('top-k, cumulative', 'topk', ('reducer.score=cumulative',)),
@@ -124,6 +130,7 @@ PLANS = {
     (
       'dense_more',
       'topk_distil',
+      'sttabt_states',
       'sttabt_pooled',
       'topk_cls',
       'topk_random',
@@ -200,7 +207,7 @@ def method_row(dataset: str, name: str, seed: int) -> Row:
   """A method, from the dense run of its dataset and seed."""
   method = METHODS[name]
   place = 'pooled' if name == 'sttabt_pooled' else dataset
-  approx = f',{{runs}}/{place}/approx-seed{seed}' if method.recipe == 'sttabt' else ''
+  approx = f',{{runs}}/{place}/approx-seed{seed}' if method.recipe.startswith('sttabt') else ''
   variant = f'{method.recipe},{{runs}}/{dataset}/{dense_row(dataset, seed).name}-seed{seed}{approx}'
   return Row(dataset, name, variant, seed, method.overrides, 'configs/prune.py', False)
 
