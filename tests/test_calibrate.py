@@ -59,6 +59,63 @@ def test_nothing_removed_is_the_dense_model(calibration):
   assert whole.accuracy == plain.accuracy and plain.mac_ratio == 1
 
 
+def at_cost(calibration, monkeypatch, least=0.0):
+  """Has `calibration` set at any budget from `least` on, without a look at the documents."""
+
+  def at(budget):
+    if budget < least:
+      raise UserError(f'at least {least} are left')
+    return calibrate.Setting({'budget': budget}, 0.9, budget)
+
+  monkeypatch.setattr(calibration, 'at', at)
+
+
+@pytest.mark.parametrize('share', [0.3, 0.5, 0.9])
+def test_a_setting_for_a_time(calibration, monkeypatch, share, capsys):
+  at_cost(calibration, monkeypatch)
+  monkeypatch.setattr(calibration, 'time_of', lambda spec: 0.15 + spec['budget'])  # a part that stays
+  setting = calibration.in_time(share)
+  assert setting.time_ratio == pytest.approx(share, abs=calibrate.NEAR)
+  assert setting.time_ratio == 0.15 + setting.mac_ratio
+  assert f'time {setting.time_ratio:.3f} of dense' in capsys.readouterr().err
+
+
+def test_a_time_that_nothing_needs_is_met_by_all(calibration, monkeypatch):
+  at_cost(calibration, monkeypatch)
+  monkeypatch.setattr(calibration, 'time_of', lambda spec: 0.5 * spec['budget'])
+  assert calibration.in_time(0.9).mac_ratio == 1
+
+
+def test_a_time_out_of_reach_names_the_fastest(calibration, monkeypatch):
+  at_cost(calibration, monkeypatch, least=0.25)
+  monkeypatch.setattr(calibration, 'time_of', lambda spec: 0.4 + spec['budget'])
+  with pytest.raises(
+    UserError, match=r'takes 0.40 of the time.*takes 0.80, at 0.40 of.*at least 0.25 are left'
+  ):
+    calibration.in_time(0.4)
+  with pytest.raises(UserError, match='^at least 0.25 are left'):
+    calibration.in_time(0.2)
+  for share in (0.0, 1.1):
+    with pytest.raises(UserError, match=f'the time is {share}'):
+      calibration.in_time(share)
+
+
+@pytest.mark.parametrize('executor', ['compact', 'serve'])
+def test_the_clock_decides(run, monkeypatch, executor):
+  calibration, asked = calibrate.Calibration(run), []
+  assert calibration.executor == 'serve'  # the run only masks
+  calibration.executor = executor
+  beside = calibrate.timing.beside_dense
+
+  def watched(models, batches, served):
+    asked.append((models['model'][0].executor, tuple(served), sum(len(batch['ids']) for batch in batches)))
+    return beside(models, batches, served=served)
+
+  monkeypatch.setattr(calibrate.timing, 'beside_dense', watched)
+  assert 0 < calibration.time_of(calibration.exported.reducer_spec) < 100
+  assert asked[0][:2] == (executor, ('model',) if executor == 'serve' else ()) and asked[0][2] >= 48
+
+
 def test_settings_are_found_on_documents_at_random(run, calibration):
   """Not on batches at random, of which a few hold a few lengths."""
   few, valid = calibrate.Calibration(run, limit=20, buckets=(8, 12, 16, 24)), calibration.splits['valid']
@@ -81,6 +138,7 @@ def test_settings_are_found_on_documents_at_random(run, calibration):
   [
     (['--macs=0.01'], 'the budget is 0.01'),
     (['--macs=2'], 'the budget is 2.0'),
+    (['--time=0'], 'the time is 0.0'),
     (['--accuracy=101'], 'no setting reaches'),
   ],
 )

@@ -1,12 +1,15 @@
-"""Sets a trained model to a budget or to an accuracy, on the validation split of its run, without training.
+"""Sets a trained model to a budget, a time or an accuracy, on the validation split of its run, without training.
 
     python -m tokenprune_jax.calibrate --run=runs/mine --macs=0.3      # 30% of the dense multiply-adds
+    python -m tokenprune_jax.calibrate --run=runs/mine --time=0.3      # 30% of the time that dense takes on this machine
     python -m tokenprune_jax.calibrate --run=runs/mine --loss=0.5      # the cheapest that loses at most half a point
     python -m tokenprune_jax.calibrate --run=runs/mine --accuracy=93   # the cheapest with at least 93%
 
 Writes the model with its new settings into RUN/calibrated (or --out), for `tokenprune_jax.load`; the run itself is left
-alone. `--loss` counts points of accuracy against the same model where nothing is removed. Of a tagger whose tags mark spans,
-accuracy is the F1 of spans. What can be set is what the method has one number for: see `at_budget` in its file.
+alone. `--time` measures: the dense model in batches by length and this one as its run is executed (by `serve`, where that
+only masks), in turns on the same documents; keep the machine idle. `--loss` counts points of accuracy against the same model
+where nothing is removed. Of a tagger whose tags mark spans, accuracy is the F1 of spans. What can be set is what the method
+has one number for: see `at_budget` in its file.
 """
 
 import argparse
@@ -20,11 +23,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenprune_jax import compile_cache, data, evaluate, models, pretrained, stages, tasks, workdir, writer
+from tokenprune_jax import (
+  compile_cache,
+  data,
+  evaluate,
+  models,
+  pretrained,
+  stages,
+  tasks,
+  timing,
+  workdir,
+  writer,
+)
 from tokenprune_jax.errors import UserError
 
 GRID = tuple(np.round(np.arange(0.1, 1.0, 0.05), 2).tolist())  # budgets that an accuracy is looked for at
 BATCH = 32
+TIMED_BATCHES = 8
+TRIES = 5  # settings that are timed before the nearest is taken
+NEAR = 0.02  # of dense's time
 
 
 class Setting(NamedTuple):
@@ -34,6 +51,7 @@ class Setting(NamedTuple):
   accuracy: float
   mac_ratio: float
   metric: str = 'accuracy'
+  time_ratio: float | None = None  # seconds an example, as a share of dense's; None: not timed
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,6 +73,7 @@ class Calibration:
       raise UserError(f'{self.folder} is no workdir of a finished run: there is no model/ in it')
     config = json.loads((self.folder / 'config.json').read_text(encoding='utf-8'))
     self.data, self.seed = {**config['data'], **changes}, config['seed']
+    self.executor = 'serve' if config['model']['executor'] == 'mask' else config['model']['executor']
     self.task = tasks.make(config['task']['name'], config['task'].get('constrained', False))
     if limit and self.task.name == 'tag':  # whole sentences, for spans
       self.limit, self.data['valid_limit'] = 0, min(limit, self.data['valid_limit'] or limit)
@@ -82,13 +101,17 @@ class Calibration:
     e = self.exported
     return models.Classifier(e.config, models.make_reducer(spec), len(e.labels), e.readout, e.head).check()
 
-  def validation(self, spec: Mapping[str, Any], params: Any = None) -> stages.Validation:
-    """The sample of the validation split under a method; params: in place of the run's own."""
-    forward, params = compiled(self.model(spec)), self.params if params is None else params
-    plan = data.batches(
+  def batches(self) -> data.BatchPlan:
+    """The sample by length."""
+    return data.batches(
       self.sample, batch_size=BATCH, buckets=self.buckets, seed=0, epoch_shuffle=False,
       pad_id=self.exported.config.pad_id,
     )  # fmt: skip
+
+  def validation(self, spec: Mapping[str, Any], params: Any = None) -> stages.Validation:
+    """The sample of the validation split under a method; params: in place of the run's own."""
+    forward, params = compiled(self.model(spec)), self.params if params is None else params
+    plan = self.batches()
     return stages.Validation(
       lambda batch: forward(params, batch),
       lambda: (jax.device_put(plan.batch(step)) for step in range(plan.steps_per_epoch)),
@@ -116,6 +139,49 @@ class Calibration:
     """The setting that costs `budget`. Raises UserError where none is that cheap."""
     spec = self.exported.reducer_spec
     return self.measured(stages.at_budget(spec, budget, self.validation(spec)))
+
+  def time_of(self, spec: Mapping[str, Any]) -> float:
+    """Seconds an example as a share of dense's, on some of the sample's batches, in turns."""
+    plan = self.batches()
+    every = max(plan.steps_per_epoch // TIMED_BATCHES, 1)
+    some = [plan.batch(step) for step in range(0, plan.steps_per_epoch, every)]
+    own = self.model(spec).clone(executor=self.executor)
+    pair = {'dense': (self.model({'name': 'none'}), self.params), 'model': (own, self.params)}
+    served = ('model',) if self.executor == 'serve' else ()
+    return 1 / timing.beside_dense(pair, some, served=served)['models']['model']['time_ratio']
+
+  def in_time(self, share: float) -> Setting:
+    """The dearest setting tried that takes at most `share` of dense's time, give or take NEAR.
+
+    Time follows multiply-adds nearly in proportion: each try moves the budget by what the last one was off. Raises
+    UserError where the share is not above 0 and at most 1, or no try is that fast, naming the fastest.
+    """
+    if not 0 < share <= 1:
+      raise UserError(f"the time is {share}; it is a share of the dense model's, above 0 and at most 1")
+    found: list[tuple[float, Setting]] = []
+    budget, refused = share, ''
+    for _ in range(TRIES):
+      try:
+        setting = self.at(budget)
+      except UserError as error:
+        if not found:
+          raise
+        refused = f' ({error})'
+        break
+      took = self.time_of(setting.spec)
+      found.append((took, setting._replace(time_ratio=took)))
+      tell(found[-1][1])
+      if abs(took - share) <= NEAR or (took < share and budget == 1):
+        break
+      budget = min(budget * share / took, 1.0)
+    fast = [setting for took, setting in found if took <= share + NEAR]
+    if not fast:
+      took, best = min(found, key=lambda pair: pair[0])
+      raise UserError(
+        f'no setting was found that takes {share:.2f} of the time of dense; the fastest that was tried takes '
+        f'{took:.2f}, at {best.mac_ratio:.2f} of the multiply-adds{refused}'
+      )
+    return max(fast, key=lambda setting: setting.mac_ratio)
 
   def cheapest(self, accuracy: float) -> Setting:
     """The cheapest setting on the grid with at least this accuracy, a share.
@@ -149,7 +215,8 @@ class Calibration:
 
 def tell(setting: Setting) -> None:
   """One line about a setting."""
-  writer.say(f'MACs {setting.mac_ratio:.3f}  {setting.metric} {setting.accuracy:.2%}')
+  time = '' if setting.time_ratio is None else f'  time {setting.time_ratio:.3f} of dense'
+  writer.say(f'MACs {setting.mac_ratio:.3f}{time}  {setting.metric} {setting.accuracy:.2%}')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument('--run', required=True, help='workdir of a finished run')
   goal = parser.add_mutually_exclusive_group(required=True)
   goal.add_argument('--macs', type=float, help="share of the dense model's multiply-adds")
+  goal.add_argument('--time', type=float, help='share of the time that the dense model takes on this machine')
   goal.add_argument(
     '--loss', type=float, help='points of accuracy (of F1, where spans are tagged) that may be lost'
   )
@@ -174,6 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibration = Calibration(options.run, options.documents)
     if options.macs is not None:
       setting = calibration.at(options.macs)
+    elif options.time is not None:
+      setting = calibration.in_time(options.time)
     elif options.loss is not None:
       whole = calibration.at(1.0)
       writer.say(f'nothing removed: {whole.metric} {whole.accuracy:.2%}')
