@@ -128,7 +128,7 @@ def calibrated(length: int, documents: int = 24) -> tuple[tuple[float, ...], dic
     return plan.iterator(0)
 
   validation = stages.Validation(apply, lambda: batches('valid'))
-  capacities = validation.capacities(lambda trace: trace.widest, OVERFLOW_RATE)
+  capacities = validation.capacities(lambda cost: cost.widest, OVERFLOW_RATE)
   widest = np.concatenate([np.asarray(apply(b).trace.widest)[b['weight'] > 0] for b in batches('test')])
   overflow = float((widest / length > np.array(capacities) + 1e-6).any(-1).mean())
   about = {

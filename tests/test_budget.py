@@ -1,5 +1,7 @@
 """Budgets: what each method that takes one would change, and that the model then costs it."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,27 @@ def test_a_budget_is_met(name):
     output = changed.apply({'params': params}, {k: jnp.asarray(v) for k, v in BATCH.items()})
     reached = float(output.macs.sum() / output.dense_macs.sum())
     assert reached == pytest.approx(target, abs=0.03), settled  # 16 short texts: a token is half a percent
+
+
+@pytest.mark.parametrize('name', SPECS)
+def test_a_cost_is_that_of_the_whole_forward_pass(name):
+  validation, params = validation_of(SPECS[name])
+  whole = validation.mac_ratio({})
+  model, _ = model_and_params(SPECS[name])
+  cost = jax.jit(lambda batch: stages.cost_of(stages.forward(model)(params, batch)))
+  alone = validation._replace(cost=cost)
+  assert alone.mac_ratio({}) == whole
+  for column in ('keys', 'widest', 'rows'):
+    found = [v.capacities(operator.attrgetter(column), 0.1) for v in (validation, alone)]
+    assert found[0] == found[1] and len(found[0]) == model.config.depth
+
+
+def test_what_a_plan_costs_is_found_without_the_encoder():
+  model, params = model_and_params(SPECS['thresholds'])
+  batch, forward = {name: jnp.asarray(values) for name, values in BATCH.items()}, stages.forward(model)
+  whole = jax.jit(forward).lower(params, batch).compile().cost_analysis()['flops']
+  cost = jax.jit(lambda params, batch: stages.cost_of(forward(params, batch)))
+  assert cost.lower(params, batch).compile().cost_analysis()['flops'] < 0.5 * whole
 
 
 def test_counts_cost_what_the_model_says():

@@ -55,9 +55,10 @@ class Setting(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(model: models.Classifier) -> Callable:
-  """The forward pass under jit: compiled once for each setting and bucket, however many budgets are looked for."""
-  return jax.jit(stages.forward(model))
+def compiled(model: models.Classifier) -> tuple[Callable, Callable]:
+  """The forward pass, and what it costs, under jit: compiled once a setting and bucket, however many budgets are tried."""
+  apply = stages.forward(model)
+  return jax.jit(apply), jax.jit(lambda params, batch: stages.cost_of(apply(params, batch)))
 
 
 class Calibration:
@@ -110,13 +111,15 @@ class Calibration:
 
   def validation(self, spec: Mapping[str, Any], params: Any = None) -> stages.Validation:
     """The sample of the validation split under a method; params: in place of the run's own."""
-    forward, params = compiled(self.model(spec)), self.params if params is None else params
+    params = self.params if params is None else params
+    forward, cost = compiled(self.model(spec))
     plan = self.batches()
     return stages.Validation(
       lambda batch: forward(params, batch),
       lambda: (jax.device_put(plan.batch(step)) for step in range(plan.steps_per_epoch)),
       lambda: params.get('reducer', {}),
       self.exported.config,
+      lambda batch: cost(params, batch),
     )
 
   def measured(self, spec: Mapping[str, Any]) -> Setting:

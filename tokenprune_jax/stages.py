@@ -28,13 +28,28 @@ import jax
 import numpy as np
 
 from tokenprune_jax import reducers
-from tokenprune_jax.encoder import Trace
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, Output
 from tokenprune_jax.tasks import Task, apart, label_weight, softened, weighted_mean
 
 Apply = Callable[..., Output]  # (params, batch, rng=None)
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (apply, params, batch, rng, teacher)
+
+
+class Cost(NamedTuple):
+  """What each example of a batch costs: multiply-adds [b], and tokens by layer [b L] as `encoder.Trace` counts them."""
+
+  macs: jax.Array
+  dense_macs: jax.Array
+  keys: jax.Array
+  widest: jax.Array
+  rows: jax.Array
+
+
+def cost_of(output: Output) -> Cost:
+  """Without the answers. Under jit, what they alone need is not computed: of a plan made beforehand, all of the encoder."""
+  trace = output.trace
+  return Cost(output.macs, output.dense_macs, trace.keys, trace.widest, trace.rows)
 
 
 class Validation(NamedTuple):
@@ -44,6 +59,7 @@ class Validation(NamedTuple):
   batches: Callable[[], Iterable[dict[str, jax.Array]]]
   reducer: Callable[[], Any] = dict  # () -> the trained parameters of the method that asks
   encoder: Any = None  # its `EncoderConfig`
+  cost: Callable[..., Cost] | None = None  # (batch), where that is to be had for less than `apply`
 
   def of(self, path: Sequence[str]) -> 'Validation':
     """As the method sees it whose parameters lie at `path` under the reducer's."""
@@ -57,43 +73,51 @@ class Validation(NamedTuple):
   def controlled(self, controls: Mapping[str, float]) -> Iterator[tuple[Output, dict[str, jax.Array]]]:
     """(output, batch) of every batch, all examples with the same controls."""
     for batch in self.batches():
-      values = {name: np.full(len(batch['ids']), value, np.float32) for name, value in controls.items()}
-      yield self.apply({**batch, 'controls': values}), batch
+      yield self.apply(with_controls(batch, controls)), batch
+
+  def costs(self, controls: Mapping[str, float]) -> Iterator[tuple[Cost, dict[str, Any]]]:
+    """(cost of the real examples, batch) of every batch, all with the same controls; on the host."""
+    cost = self.cost or (lambda batch: cost_of(self.apply(batch)))
+    for batch in self.batches():
+      found, weight = jax.device_get((cost(with_controls(batch, controls)), batch['weight']))
+      yield Cost(*(values[weight > 0] for values in found)), batch
 
   def mac_ratio(self, controls: Mapping[str, float]) -> float:
     """Multiply-adds of the split as a share of dense's."""
     total = np.zeros(2)
-    for output, batch in self.controlled(controls):
-      macs, dense, weight = jax.device_get((output.macs, output.dense_macs, batch['weight']))
-      total += [macs[weight > 0].sum(), dense[weight > 0].sum()]
+    for cost, _ in self.costs(controls):
+      total += [cost.macs.sum(), cost.dense_macs.sum()]
     return float(total[0] / total[1])
 
   def capacities(
     self,
-    column: Callable[[Trace], jax.Array],
+    column: Callable[[Cost], jax.Array],
     overflow_rate: float,
     controls: Mapping[str, float] | None = None,
   ) -> tuple[float, ...]:
     """By layer, the share of the padded length that holds all but `overflow_rate` of the examples.
 
-    column: the counts [b L] of a trace that a capacity must hold.
+    column: the counts [b L] that a capacity must hold.
     """
-    shares = []
-    for output, batch in self.controlled(controls or {}):
-      counts, weight = jax.device_get((column(output.trace), batch['weight']))
-      shares.append(counts[weight > 0] / batch['ids'].shape[1])
+    shares = [column(cost) / batch['ids'].shape[1] for cost, batch in self.costs(controls or {})]
     found = np.quantile(np.concatenate(shares), 1 - overflow_rate, axis=0, method='higher')
     return tuple(np.clip(found, 1e-6, 1.0).tolist())
 
   def calibrated(
     self,
     fields: Mapping[str, Any],
-    column: Callable[[Trace], jax.Array],
+    column: Callable[[Cost], jax.Array],
     controls: Mapping[str, float] | None = None,
   ) -> dict[str, Any]:
     """{'capacities': as above} where a method's `overflow_rate` asks for them; else nothing."""
     rate = fields.get('overflow_rate', 0.0)
     return {'capacities': self.capacities(column, rate, controls)} if rate else {}
+
+
+def with_controls(batch: Mapping[str, Any], controls: Mapping[str, float]) -> dict[str, Any]:
+  """The batch with the same controls for all of its examples."""
+  values = {name: np.full(len(batch['ids']), value, np.float32) for name, value in controls.items()}
+  return {**batch, 'controls': values}
 
 
 def default_objective(task: Task) -> Objective:

@@ -35,7 +35,7 @@ FIXED = ('rank', *SIMPLE)  # rules whose counts are the schedule's
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
-  return validation.calibrated(fields, lambda trace: trace.widest)
+  return validation.calibrated(fields, lambda cost: cost.widest)
 
 
 def quantile(scores: Float[Array, '*b n'], valid: Bool[Array, '*b n'], share: float) -> Float[Array, '*b 1']:

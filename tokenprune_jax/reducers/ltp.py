@@ -62,14 +62,14 @@ def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """The scale at which validation meets the budget, where there is one; then capacities, where a rate is given."""
   if fields.get('target_macs'):
     return at_budget(fields, fields['target_macs'], validation)
-  return validation.calibrated(fields, lambda trace: trace.rows)
+  return validation.calibrated(fields, lambda cost: cost.rows)
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """The factor of all thresholds, as `budget` asks for it; capacities go with it."""
   start = fields.get('scale', Method.scale)
   scale = {'scale': budget.from_zero(lambda scale: validation.mac_ratio({'scale': scale}), target, start)}
-  return {**scale, **validation.calibrated(fields, lambda trace: trace.rows, scale)}
+  return {**scale, **validation.calibrated(fields, lambda cost: cost.rows, scale)}
 
 
 class Deltas(nn.Module):

@@ -155,7 +155,7 @@ def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
     return {}
   if fields.get('target_macs'):
     return at_budget(fields, fields['target_macs'], validation)
-  return validation.calibrated(fields, lambda trace: trace.keys)
+  return validation.calibrated(fields, lambda cost: cost.keys)
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
       'what the ApproxNet costs, and what [CLS] needs. Ask for more, or take a larger reducer.factor.'
     )
   found = {name: budget.bisect(cost, target, dear, cheap)}
-  return {**found, **validation.calibrated(fields, lambda trace: trace.keys, found)}
+  return {**found, **validation.calibrated(fields, lambda cost: cost.keys, found)}
 
 
 def inherits(fields: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ REFERENCE = 128  # tokens, the padded length of the official recipe
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation examples, where one is given."""
-  return validation.calibrated(fields, lambda trace: trace.rows)
+  return validation.calibrated(fields, lambda cost: cost.rows)
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
     return validation.mac_ratio({'threshold': threshold})
 
   found = {'threshold': budget.from_zero(cost, target, fields.get('threshold', Method.threshold))}
-  return {**found, **validation.calibrated(fields, lambda trace: trace.rows, found)}
+  return {**found, **validation.calibrated(fields, lambda cost: cost.rows, found)}
 
 
 def now(memory: Memory) -> Float[Array, 'b 1']:

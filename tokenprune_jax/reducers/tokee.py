@@ -128,14 +128,14 @@ TAUGHT = ('tags_sampled',)
 # ------------------------------------------------------------------------------------------------ Calibration
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation sentences, where one is given."""
-  return validation.calibrated(fields, lambda trace: trace.rows)
+  return validation.calibrated(fields, lambda cost: cost.rows)
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """The threshold at which validation costs it; capacities go with it."""
   found = threshold_for(fields, target, validation)
   controls = {'exit_threshold': found}
-  return {'threshold': found, **validation.calibrated(fields, lambda trace: trace.rows, controls)}
+  return {'threshold': found, **validation.calibrated(fields, lambda cost: cost.rows, controls)}
 
 
 def threshold_for(fields: Mapping[str, Any], target: float, validation: Any) -> float:
