@@ -11,7 +11,7 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, exit_heads, families, models, train
+from tokenprune_jax import conversion, exit_heads, families, models, stages, train
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducers import early_exit
@@ -204,6 +204,35 @@ def test_exits_chain_with_what_prunes(other):
   assert (np.asarray(masked.macs < never.macs - 1)).sum() >= 3  # those that left at the first exit
   kept = np.asarray(never.trace.kept)[:3, 3].sum(-1)
   assert (kept < np.array(LENGTHS[:3])).all()
+
+
+@pytest.mark.parametrize('pruned', [False, True], ids=['alone', 'behind ltp'])
+@pytest.mark.parametrize('head', exit_heads.HEADS)
+@pytest.mark.parametrize('criterion', ['entropy', 'max_probability'])
+def test_thresholds_cost_what_a_pass_of_their_own_says(head, criterion, pruned):
+  """Found from one pass in which nobody leaves."""
+  spec = exits = {
+    'name': 'early_exit',
+    'layers': (1, 3),
+    'head': head,
+    'criterion': criterion,
+    'threshold': 1.0,
+  }
+  if pruned:
+    spec = {'name': 'chain', 'reducers': ({'name': 'ltp', 'threshold': 0.015}, exits)}
+  model, params = model_and_params(spec, readout='cls')
+  batch = {**BATCH, 'weight': np.array([1, 1, 0, 1, 1], np.float32)}  # one of them only fills
+  forward = jax.jit(stages.forward(model))
+  validation = stages.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
+  cost = early_exit.cost_by_threshold(exits, validation)
+  never = {'exit_threshold': np.full(5, early_exit.NEVER[criterion], np.float32)}
+  logits = forward(params, {**batch, 'controls': never}).exits
+  said = early_exit.uncertainty(logits) if criterion == 'entropy' else jax.nn.softmax(logits).max(-1)
+  thresholds = (np.quantile(np.asarray(said), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)) + 1e-5).tolist()
+  costs = [cost(threshold) for threshold in thresholds]
+  passes = [validation.mac_ratio({'exit_threshold': threshold}) for threshold in thresholds]
+  np.testing.assert_allclose(costs, passes, rtol=0.02 if head == 'mixed' else 1e-4)
+  assert len(set(np.round(costs, 4))) > 2
 
 
 def test_what_an_exit_costs():

@@ -187,20 +187,27 @@ class Calibration:
     return max(fast, key=lambda setting: setting.mac_ratio)
 
   def cheapest(self, accuracy: float) -> Setting:
-    """The cheapest setting on the grid with at least this accuracy, a share.
+    """The cheapest setting on the grid with at least this accuracy, a share, found by halving: what costs more is as good.
 
-    Raises UserError where there is none, naming the best there is.
+    Raises UserError where even the dearest falls short, naming the best that was tried.
     """
-    found = []
-    for budget in (*GRID, 1.0):
+    budgets, found = (*GRID, 1.0), []
+    low, high, good = 0, len(budgets), None
+    while low < high:
+      middle = (low + high) // 2
       try:
-        setting = self.at(budget)
+        setting = self.at(budgets[middle])
       except UserError:
-        continue  # nothing is that cheap
+        low = middle + 1  # nothing is that cheap
+        continue
       tell(setting)
-      if setting.accuracy >= accuracy - 1e-9:
-        return setting
       found.append(setting)
+      if setting.accuracy >= accuracy - 1e-9:
+        high, good = middle, setting
+      else:
+        low = middle + 1
+    if good is not None:
+      return good
     best = max(found, key=lambda setting: setting.accuracy)
     raise UserError(
       f'no setting reaches {accuracy:.1%} {best.metric} on the validation split; the best there is {best.accuracy:.1%}, at '

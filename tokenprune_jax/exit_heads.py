@@ -80,7 +80,7 @@ class Mixed(nn.Module):
     return Dense(labels, 'float32', name='out')(mean)
 
 
-def macs(head: str, width: int, labels: int, live: Float[Array, 'b']) -> Float[Array, 'b']:
+def macs(head: str, width: int, labels: int, live: Float[Array, '*b']) -> Float[Array, '*b']:
   """Multiply-adds of one exit; live: slots that an attention reads."""
   if head == 'attention':
     w = WIDTH

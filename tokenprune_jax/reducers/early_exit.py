@@ -19,7 +19,7 @@ an exit's gradient to the layers behind the exit before it, so that exits do not
 Control of a request: `exit_threshold` [b], in place of the field.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import minimize_scalar
 
-from tokenprune_jax import budget, exit_heads
+from tokenprune_jax import budget, exit_heads, flops
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer, read_out
 from tokenprune_jax.tasks import classification_loss, divergence, weighted_mean
@@ -145,13 +145,45 @@ def temperature(logits: Float[np.ndarray, 'N c'], labels: Int[np.ndarray, ' N'])
   return float(np.exp(minimize_scalar(loss, bounds=(-edge, edge), method='bounded').x))
 
 
+def spent(output: Any, layers: tuple[int, ...], head: str, encoder: Any) -> Float[Array, 'b e']:
+  """Multiply-adds of examples that nobody let leave, had they left at each exit, or (the last) at none."""
+  trace, labels = output.trace, output.logits.shape[-1]
+  blocks = flops.block_macs(encoder, *(getattr(trace, name) for name in flops.COUNTS)) + trace.evidence
+  places = np.array([*layers, encoder.depth]) - 1
+  own = exit_heads.macs(head, encoder.width, labels, trace.rows[:, places]).at[:, -1].set(0)  # [b e]
+  exits = trace.overhead['exits'][:, None] * jnp.cumsum(own, axis=-1) / own.sum(-1, keepdims=True)
+  rest = output.macs - blocks.sum(-1) - trace.overhead['exits']
+  return rest[:, None] + jnp.cumsum(blocks, axis=-1)[:, places] + exits
+
+
+def cost_by_threshold(fields: Mapping[str, Any], validation: Any) -> Callable[[float], float]:
+  """Threshold -> multiply-adds as a share of dense's, from one pass in which nobody leaves."""
+  criterion, layers, head = (fields.get(n, getattr(Method, n)) for n in ('criterion', 'layers', 'head'))
+  found: list[tuple] = []
+  for output, batch in validation.controlled({'exit_threshold': NEVER[criterion]}):
+    said = uncertainty(output.exits) if criterion == 'entropy' else -jax.nn.softmax(output.exits).max(-1)
+    rows = said, spent(output, layers, head, validation.encoder), output.dense_macs
+    rows, weight = jax.device_get((rows, batch['weight']))
+    found.append(tuple(values[weight > 0] for values in rows))
+  doubt, macs, dense = (np.concatenate(values) for values in zip(*found))
+
+  def cost(threshold):
+    sure = doubt < (threshold if criterion == 'entropy' else -threshold)
+    left = np.where(sure.any(-1), sure.argmax(-1), len(layers))
+    return float(np.take_along_axis(macs, left[:, None], axis=1).sum() / dense.sum())
+
+  return cost
+
+
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """The threshold at which validation costs it."""
   criterion = fields.get('criterion', Method.criterion)
   dear, cheap = NEVER[criterion], EASIEST[criterion]
 
-  def cost(threshold):
+  def by_passes(threshold):
     return validation.mac_ratio({'exit_threshold': threshold})
+
+  cost = by_passes if criterion == 'patience' else cost_by_threshold(fields, validation)
 
   if (least := cost(cheap)) > target:
     raise UserError(
