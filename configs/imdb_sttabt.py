@@ -3,9 +3,10 @@
     python main.py --config=configs/imdb_sttabt.py --workdir=runs/imdb_sttabt --config.reducer.theta=-1.0
 
 `theta` is what keeps: sigmoid(theta) is about the share of tokens that a layer takes in, and `mask_weight` holds soft
-training to it: with the paper's 1e-3, and a larger learning rate than the paper's, it learns to keep all it can. Variants and weights after a colon:
-`:concrete` (default), `:topk` (no thresholds: `--config.reducer.keep=0.35` of the tokens for each layer, nothing learned
-after the ApproxNet) or `:approx` (the ApproxNet of the pretrained encoder alone), and `:concrete,mpnet-base`.
+training to it: with the paper's 1e-3, and a larger learning rate than the paper's, it learns to keep all it can. Variants
+and weights after a colon: `:concrete` (default), `:topk` (no thresholds: `--config.reducer.keep=0.35` of the tokens for each
+layer, nothing learned after the ApproxNet) or `:approx` (the ApproxNet of the pretrained encoder alone), and
+`:concrete,mpnet-base`.
 """
 
 import ml_collections
