@@ -70,7 +70,7 @@ METHODS = {
   'sttabt_states': Method(
     'STTABT, Concrete, distilled with states',
     'sttabt+states',
-    (*BUDGET, 'reducer.theta=-1.5', f'stages[1].epochs={LONG}'),  # soft masks at the cost that is asked for
+    (*BUDGET, 'reducer.theta=-0.5', f'stages[1].epochs={LONG}'),
     'serve',
   ),
   'topk_cls': Method('top-k by [CLS]', 'topk', ('reducer.score=cls',)),
