@@ -58,7 +58,10 @@ METHODS = {
   'ltp': Method('LTP', 'ltp', BUDGET, 'serve'),
   'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5'), 'serve'),
   'sttabt_pooled': Method(
-    'STTABT, Concrete, ApproxNet of all texts pooled', 'sttabt', (*BUDGET, 'reducer.theta=-0.5'), 'serve'
+    'STTABT, ApproxNet of all texts alone, weak mask loss',
+    'sttabt',
+    (*BUDGET, 'reducer.theta=-0.5', 'reducer.mask_weight=0.001', 'stages[1].train=.*'),
+    'serve',
   ),
   'power': Method('PoWER-BERT', 'power', BUDGET),
   'topk': Method('top-k', 'topk'),
