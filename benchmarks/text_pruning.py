@@ -289,10 +289,8 @@ class Study:
   def without_training(self, datasets: Collection[str]) -> None:
     """Dense checkpoints of these datasets under methods that they were not trained with."""
     for dataset in (name for name in UNTRAINED_ON if name in datasets):
-      row, students = (
-        dense_row(dataset, 0),
-        {'distilled': own_approx_row(dataset, 0), 'pooled': approx_row(0)},
-      )
+      row = dense_row(dataset, 0)
+      students = {'distilled': own_approx_row(dataset, 0), 'pooled': approx_row(0)}
       places = self.untrained_places(dataset)
       ready = all(map(self.done, (row, *students.values())))
       if not ready or not (places or dataset not in self.document['divergences']):

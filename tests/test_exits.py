@@ -235,6 +235,16 @@ def test_thresholds_cost_what_a_pass_of_their_own_says(head, criterion, pruned):
   assert len(set(np.round(costs, 4))) > 2
 
 
+def test_without_exits_no_budget_is_met():
+  spec = {'name': 'early_exit', 'layers': (), 'criterion': 'entropy', 'threshold': 0.0}
+  model, params = model_and_params(spec, readout='cls')
+  forward = jax.jit(stages.forward(model))
+  batch = {**BATCH, 'weight': np.ones(5, np.float32)}
+  validation = stages.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
+  with pytest.raises(UserError, match='the budget is 0.5, but'):
+    early_exit.at_budget(spec, 0.5, validation)
+
+
 def test_what_an_exit_costs():
   counts = jnp.array([7.0, 1.0])
   found = exit_heads.macs('attention', 32, 3, counts)

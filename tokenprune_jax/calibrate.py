@@ -57,8 +57,7 @@ class Setting(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def compiled(model: models.Classifier) -> tuple[Callable, Callable]:
   """The forward pass, and what it costs, under jit: compiled once a setting and bucket, however many budgets are tried."""
-  apply = stages.forward(model)
-  return jax.jit(apply), jax.jit(lambda params, batch: stages.cost_of(apply(params, batch)))
+  return stages.programs(model)
 
 
 class Calibration:

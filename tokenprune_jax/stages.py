@@ -52,6 +52,12 @@ def cost_of(output: Output) -> Cost:
   return Cost(output.macs, output.dense_macs, trace.keys, trace.widest, trace.rows)
 
 
+def programs(model: Classifier) -> tuple[Callable[..., Output], Callable[..., Cost]]:
+  """(forward pass, what it costs) of (params, batch), each under jit and compiled when first called."""
+  apply = forward(model)
+  return jax.jit(apply), jax.jit(lambda params, batch: cost_of(apply(params, batch)))
+
+
 class Validation(NamedTuple):
   """What `finish` may look at: a forward pass of the trained model (jitted, no dropout) and the validation batches."""
 

@@ -345,8 +345,9 @@ def best_params(session: Session, name: str, stage: Done) -> Any:
 def validation(session: Session, model: Classifier, params: Callable[[], Any]) -> stages.Validation:
   """The validation split, as a method's `finish` sees it; params() is asked for at its first forward pass."""
   place = sharding.batch_sharding(session.mesh)
-  apply = stages.forward(model.clone(executor='mask'))  # what a capacity is too small for is counted too
-  forward, cost = jax.jit(apply), jax.jit(lambda params, batch: stages.cost_of(apply(params, batch)))
+  forward, cost = stages.programs(
+    model.clone(executor='mask')
+  )  # what a capacity is too small for is counted too
   plan = batches(session, 'valid', session.config['eval']['batch_size'])
   return stages.Validation(
     lambda batch: forward(params(), batch),

@@ -183,8 +183,8 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
   def by_passes(threshold):
     return validation.mac_ratio({'exit_threshold': threshold})
 
-  cost = by_passes if criterion == 'patience' else cost_by_threshold(fields, validation)
-
+  asks_once = criterion != 'patience' and fields.get('layers', Method.layers)
+  cost = cost_by_threshold(fields, validation) if asks_once else by_passes
   if (least := cost(cheap)) > target:
     raise UserError(
       f'the budget is {target}, but on the validation split at least {least:.3f} of the dense multiply-adds are left, '
