@@ -1,8 +1,8 @@
 """The encoder's products, activation and normalisation as functions with gradients of their own, dropout, and Linen shells.
 
 Automatic differentiation gives the same numbers. Written out, each keeps for the backward pass only what that needs, and
-a kernel's gradient comes in the kernel's own order: XLA otherwise transposes the activations, which on a CPU takes longer
-than the product. Shapes: i features in, o features out, d width.
+a kernel's gradient comes from a product that transposes the narrower of its two factors: XLA otherwise transposes the
+activations, which on a CPU can take longer than the product. Shapes: i features in, o features out, d width.
 """
 
 import functools
@@ -30,7 +30,9 @@ def _product_backward(saved, gradient):
   gradient = gradient.astype(x.dtype)
   rows = tuple(range(x.ndim - 1))
   by_x = jnp.matmul(gradient, kernel.T, preferred_element_type=jnp.float32)
-  by_kernel = jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+  narrow, wide = (x, gradient) if kernel.shape[0] <= kernel.shape[1] else (gradient, x)
+  by_kernel = jax.lax.dot_general(narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+  by_kernel = by_kernel if narrow is x else by_kernel.T
   return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
 
 
