@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import models, stages, tasks, train
+from tokenprune_jax import answers, models, stages, tasks, train
 from tokenprune_jax.errors import UserError
 
 
@@ -53,19 +53,39 @@ def test_states_count_where_labels_do(labels):
   assert float(loss(True)[0] - loss(False)[0]) == pytest.approx(far, rel=1e-4)
 
 
-def test_a_student_is_distilled_from_the_stage_before(tmp_path):
+def distilled(**changes):
   wanted = tiny_config(
     reducer={'name': 'student', 'layers': (1, 4)},
     model__weights='random:bert:layers=4,width=32,heads=2,hidden=64,vocab=256',
+    **changes,
   )
   wanted['stages'] = (
     {'name': 'tune', 'epochs': 1, 'reducer': {'name': 'none'}},
     {'name': 'distil', 'epochs': 2, 'init': 'tune', 'teacher': 'tune', 'objective': 'distil_states'},
   )
+  return wanted
+
+
+def test_a_student_is_distilled_from_the_stage_before(tmp_path):
+  wanted = distilled()
   outcome = train.run(wanted, tmp_path)
   assert outcome['mac_ratio'] == pytest.approx(0.5, abs=0.01)
   rows = [row for row in lines(tmp_path, 'train') if row['stage'] == 'distil']
   assert rows[-1]['distil_loss'] < rows[0]['distil_loss'] and rows[-1]['states_loss'] < rows[0]['states_loss']
+
+
+# Texts of several lengths, and a batch with a filler.
+def test_a_teacher_asked_once_says_what_it_says_at_every_step(tmp_path, monkeypatch, capsys):
+  wanted = distilled(data__buckets=(12, 20, 32), data__train_limit=45)
+  train.run(wanted, tmp_path / 'once')
+  assert capsys.readouterr().err.count('the teacher answers 45 texts, once') == 1
+  monkeypatch.setattr(answers, 'MOST_BYTES', 0)
+  train.run(wanted, tmp_path / 'anew')
+  assert 'the teacher answers' not in capsys.readouterr().err
+  once, anew = (lines(tmp_path / name, 'train') for name in ('once', 'anew'))
+  for name in ('distil_loss', 'states_loss', 'loss', 'grad_norm'):
+    values = [[row[name] for row in rows if row['stage'] == 'distil'] for rows in (once, anew)]
+    assert len(values[0]) == 12 and np.allclose(*values, rtol=2e-3), name
 
 
 def test_without_a_teacher_it_is_refused(tmp_path):

@@ -32,6 +32,8 @@ from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, Output
 from tokenprune_jax.tasks import Task, apart, label_weight, softened, weighted_mean
 
+DISTILLATIONS = ('distil', 'distil_states')  # objectives that ask a teacher for its answers alone: `answers`
+
 Apply = Callable[..., Output]  # (params, batch, rng=None)
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (apply, params, batch, rng, teacher)
 
@@ -165,7 +167,7 @@ def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task
         f'stage {stage["name"]!r} names a teacher, but its objective is the default one, without any.'
       )
     return default_objective(task)
-  brought = {'distil': distillation(task), 'distil_states': distillation(task, states=True)}
+  brought = {name: distillation(task, states) for name, states in zip(DISTILLATIONS, (False, True))}
   taught = set(brought)
   for name in names(spec):
     brought |= getattr(module(name), 'OBJECTIVES', {})

@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from tokenprune_jax import (
+  answers,
   initial,
   optim,
   result,
@@ -132,6 +133,9 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   shapes = initial.param_shapes(model)
   trained = optim.trainable(shapes, stage['train'], model.unused_blocks())
   teacher_model, teacher_params = teacher_of(session, stage['teacher'], done)
+  known = answers.collected(session, stage, teacher_model, teacher_params)
+  if known is not None:
+    teacher_model, teacher_params = None, None
 
   # -------------------------------------------------------------------------------------------------- Data
   plan = batches(session, 'train', options['batch_size'], seed=seed + len(done), shuffle=True)
@@ -217,7 +221,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
     if 0 < position.step != saved_step and position.step % config['checkpoint']['every'] == 0:
       save()
       saved_step = position.step
-    batch = sharding.global_batch(next(iterator), batch_sharding)
+    batch = sharding.global_batch(answers.beside(next(iterator), known), batch_sharding)
     state, metrics = take_step(state, frozen, teacher_params, batch, np.int32(seed), np.int32(position.total))
     position.step += 1
     recorder.push(position.step, metrics, batch['ids'].shape)  # reads the step before, while this one runs
@@ -252,6 +256,7 @@ def make_step(
 
   def loss_of(trained, frozen, teacher_params, batch, key):
     teacher = None if teach is None else lambda batch: jax.lax.stop_gradient(teach(teacher_params, batch))
+    teacher = answers.given if answers.given(batch) else teacher
     return objective(apply, optim.merge(trained, frozen), batch, key, teacher)
 
   def step(state, frozen, teacher_params, batch, seed, number):
