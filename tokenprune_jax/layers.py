@@ -32,7 +32,8 @@ def _product_backward(saved, gradient):
   by_x = jnp.matmul(gradient, kernel.T, preferred_element_type=jnp.float32)
   narrow, wide = (x, gradient) if kernel.shape[0] <= kernel.shape[1] else (gradient, x)
   by_kernel = jax.lax.dot_general(narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-  by_kernel = by_kernel if narrow is x else by_kernel.T
+  if narrow is not x:  # the barrier keeps XLA from making one product of the two again
+    by_kernel = jax.lax.optimization_barrier(by_kernel).T
   return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
 
 

@@ -255,8 +255,9 @@ def make_step(
   teach = None if teacher_model is None else stages.forward(teacher_model)
 
   def loss_of(trained, frozen, teacher_params, batch, key):
-    teacher = None if teach is None else lambda batch: jax.lax.stop_gradient(teach(teacher_params, batch))
-    teacher = answers.given if answers.given(batch) else teacher
+    teacher: Callable | None = None if answers.given(batch) is None else answers.given
+    if teach is not None:
+      teacher = lambda batch: jax.lax.stop_gradient(teach(teacher_params, batch))  # noqa: E731
     return objective(apply, optim.merge(trained, frozen), batch, key, teacher)
 
   def step(state, frozen, teacher_params, batch, seed, number):
