@@ -244,7 +244,7 @@ class Study:
     if self.plan.extras:
       for dataset in UNTRAINED_ON:
         if self.untrained_places(dataset) or dataset not in self.document['divergences']:
-          asked = dense_row(dataset, 0), approx_row(0), own_approx_row(dataset, 0)
+          asked = dense_row(dataset, 0), approx_row(), own_approx_row(dataset, 0)
           needed |= {self.folder(placed(row, self.options)) for row in asked}
     found = []
     for row in reversed(self.runs):  # a run stands behind those that it starts from
@@ -290,7 +290,7 @@ class Study:
     """Dense checkpoints of these datasets under methods that they were not trained with."""
     for dataset in (name for name in UNTRAINED_ON if name in datasets):
       row = dense_row(dataset, 0)
-      students = {'distilled': own_approx_row(dataset, 0), 'pooled': approx_row(0)}
+      students = {'distilled': own_approx_row(dataset, 0), 'pooled': approx_row()}
       places = self.untrained_places(dataset)
       ready = all(map(self.done, (row, *students.values())))
       if not ready or not (places or dataset not in self.document['divergences']):

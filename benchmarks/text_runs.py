@@ -190,27 +190,27 @@ def dense_row(dataset: str, seed: int) -> Row:
   return Row(dataset, 'dense', f'dense,{corpus.weights}', seed, overrides, 'configs/own_data.py', False)
 
 
-def approx_row(seed: int) -> Row:
-  """The ApproxNet of the pretrained encoder, on all texts pooled."""
+def approx_row() -> Row:
+  """The ApproxNet of the pretrained encoder, on all texts pooled: one for all seeds, as the encoder itself is."""
   overrides = (
     'data.name=file', 'data.train={runs}/pooled.jsonl', 'data.train_limit=0', 'data.max_length=256',
     'data.buckets=(16,32,64,96,128,256)',
   )  # fmt: skip
-  return Row('pooled', 'approx', 'approx', seed, overrides, 'configs/imdb_sttabt.py', False)
+  return Row('pooled', 'approx', 'approx', 0, overrides, 'configs/imdb_sttabt.py', False)
 
 
 def own_approx_row(dataset: str, seed: int) -> Row:
   """The ApproxNet of a dataset's dense run, which goes on from that of the pretrained encoder."""
   dense = f'{{runs}}/{dataset}/{dense_row(dataset, seed).name}-seed{seed}'
-  variant = f'approx,{dense},{{runs}}/pooled/approx-seed{seed}'
+  variant = f'approx,{dense},{{runs}}/pooled/approx-seed0'
   return Row(dataset, 'approx', variant, seed, (f'stages[0].epochs={ADAPTED}',), 'configs/prune.py', False)
 
 
 def method_row(dataset: str, name: str, seed: int) -> Row:
   """A method, from the dense run of its dataset and seed."""
   method = METHODS[name]
-  place = 'pooled' if name == 'sttabt_pooled' else dataset
-  approx = f',{{runs}}/{place}/approx-seed{seed}' if method.recipe.startswith('sttabt') else ''
+  place = 'pooled/approx-seed0' if name == 'sttabt_pooled' else f'{dataset}/approx-seed{seed}'
+  approx = f',{{runs}}/{place}' if method.recipe.startswith('sttabt') else ''
   variant = f'{method.recipe},{{runs}}/{dataset}/{dense_row(dataset, seed).name}-seed{seed}{approx}'
   return Row(dataset, name, variant, seed, method.overrides, 'configs/prune.py', False)
 
@@ -223,7 +223,8 @@ def rows(plan: Plan) -> Iterator[Row]:
       yield dense_row(dataset, seed)
       yield from (method_row(dataset, name, seed) for name in plan.methods(dataset) if name != 'sttabt')
     if 'sttabt' in plan.main:
-      yield approx_row(seed)
+      if seed == 0:
+        yield approx_row()
       for dataset in datasets:
         yield own_approx_row(dataset, seed)
         yield method_row(dataset, 'sttabt', seed)
