@@ -20,10 +20,11 @@ class Trained(Calibration):
   ) -> dict[str, Any]:
     """The measured part of a row of a result file; params: in place of the run's own."""
     start = time.monotonic()
-    model, params = self.model(spec).clone(executor=executor), self.params if params is None else params
+    known, controls = self.program(spec) if executor == 'mask' else (spec, {})
+    model, params = self.model(known).clone(executor=executor), self.params if params is None else params
     found, records = evaluate.evaluate(
-      model, params, self.splits[split], self.task,
-      batch_size=BATCH, buckets=self.buckets, pad_id=self.exported.config.pad_id,
+      model, params, self.splits[split], self.task, batch_size=BATCH, buckets=self.buckets,
+      pad_id=self.exported.config.pad_id, controls=controls,
     )  # fmt: skip
     return {
       **{key: found[key] for key in accuracy.KEPT},

@@ -53,6 +53,47 @@ def test_a_budget_is_met(name):
     assert reached == pytest.approx(target, abs=0.03), settled  # 16 short texts: a token is half a percent
 
 
+CHAIN = {'name': 'chain', 'reducers': (SPECS['ltp'], EXITS)}
+CHANGED = {
+  'ltp': {'name': 'ltp', 'threshold': 0.02, 'scale': 0.7, 'capacities': (0.5,) * 4},
+  'threshold': {'name': 'threshold', 'threshold': 0.02},
+  'back-tracking': {**SPECS['back-tracking'], 'keep': 0.2},
+  'thresholds': {**SPECS['thresholds'], 'shift': -0.4},
+  'exits': {**EXITS, 'threshold': 0.97},
+  'chain': {'name': 'chain', 'reducers': ({**SPECS['ltp'], 'scale': 0.5}, {**EXITS, 'threshold': 0.97})},
+}
+
+
+@pytest.mark.parametrize('name', CHANGED)
+def test_controls_do_what_other_fields_do(name):
+  spec, changed = {**SPECS, 'chain': CHAIN}[name], CHANGED[name]
+  known, controls = stages.by_controls(changed, spec)
+  assert known == spec and controls
+  model, params = model_and_params(spec)
+  batch = {key: jnp.asarray(values) for key, values in BATCH.items()}
+  plain, other = (
+    jax.jit(model_and_params(each)[0].apply)({'params': params}, batch) for each in (spec, changed)
+  )
+  found = jax.jit(model.apply)({'params': params}, stages.with_controls(batch, controls))
+  np.testing.assert_allclose(found.logits, other.logits, atol=1e-5)
+  np.testing.assert_allclose(found.macs, other.macs, rtol=1e-6)
+  assert abs(float(plain.macs.sum() / other.macs.sum()) - 1) > 0.01  # the setting does something
+
+
+@pytest.mark.parametrize(
+  ('changed', 'spec'),
+  [
+    (SPECS['power'], {'name': 'power', 'counts': (24, 16, 8, 5)}),  # counts are part of the program
+    ({**EXITS, 'layers': (1, 2)}, EXITS),
+    (SPECS['ltp'], SPECS['threshold']),
+    (CHAIN, {**CHAIN, 'reducers': (SPECS['ltp'], EXITS, {'name': 'none'})}),
+    *[({'name': 'chain', 'reducers': (SPECS['ltp'], SPECS['threshold'])},) * 2],  # which read one control
+  ],
+)
+def test_what_is_no_control_needs_its_own_program(changed, spec):
+  assert stages.by_controls(changed, spec) == (changed, {})
+
+
 @pytest.mark.parametrize('name', SPECS)
 def test_a_cost_is_that_of_the_whole_forward_pass(name):
   validation, params = validation_of(SPECS[name])

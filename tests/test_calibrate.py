@@ -61,6 +61,15 @@ def test_nothing_removed_is_the_dense_model(calibration):
   assert whole.accuracy == plain.accuracy and plain.mac_ratio == 1
 
 
+def test_settings_that_are_controls_share_a_program(run):
+  specs = [{'name': 'threshold', 'threshold': threshold} for threshold in (0.01, 0.03, 0.06)]
+  one, before = calibrate.Calibration(run), calibrate.compiled.cache_info().misses
+  together = [one.measured(spec) for spec in specs]
+  assert calibrate.compiled.cache_info().misses == before + 1
+  apart = [calibrate.Calibration(run).measured(spec) for spec in specs]
+  assert together == apart and len({setting.mac_ratio for setting in apart}) == 3
+
+
 def at_cost(calibration, monkeypatch, least=0.0):
   """Has `calibration` set at any budget from `least` on, without a look at the documents."""
 

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tokenprune_jax import data, decoding, flops
 from tokenprune_jax.models import Classifier
+from tokenprune_jax.stages import with_controls
 from tokenprune_jax.tasks import Task
 
 Batch = Mapping[str, Any]
@@ -52,6 +53,7 @@ def evaluate(
   pad_id: int,
   sharding: NamedSharding | None = None,
   rerun: bool = False,
+  controls: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Evaluates every example of `split` once. Returns (metrics, records), both ready for JSON.
 
@@ -63,7 +65,7 @@ def evaluate(
   length, keep_ratio, macs); of a tagger one dict a sentence (`sentence_records`).
 
   batch_size: rows of a global batch. sharding: of a batch over the mesh's data axis; None on one device. With
-  several processes all of them call this, and all get the same answer.
+  several processes all of them call this, and all get the same answer. controls: of every example alike.
   """
   replicated = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
   forward = compiled(model, replicated)
@@ -78,11 +80,13 @@ def evaluate(
     process_count=jax.process_count(),
   )
   # What comes back is small: nothing is fetched before the end, so that the device never waits for the host.
-  results = jax.device_get([forward(params, place(batch, sharding)) for batch in plan.iterator(0)])
+  made = (with_controls(batch, controls or {}) for batch in plan.iterator(0))
+  results = jax.device_get([forward(params, place(batch, sharding)) for batch in made])
   if rerun:
     again = compiled(model.clone(executor='mask'), replicated)
     for number in [i for i, result in enumerate(results) if result['overflow'].any()]:
-      fresh = jax.device_get(again(params, place(plan.batch(number), sharding)))
+      batch = with_controls(plan.batch(number), controls or {})
+      fresh = jax.device_get(again(params, place(batch, sharding)))
       results[number] = replaced(results[number], fresh)
   rows = in_order([words_alone(result) if split.words else result for result in results])
   slots = sum(int(result['slots'].sum()) for result in results)
@@ -103,7 +107,7 @@ def place(batch: Batch, sharding: NamedSharding | None) -> Batch:
   """A process's rows of a batch as global arrays."""
   if sharding is None:
     return dict(batch)
-  return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), dict(batch))
 
 
 def in_order(results: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

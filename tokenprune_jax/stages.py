@@ -9,6 +9,7 @@ A method brings its own in `reducers/NAME.py`, beside its module, as plain value
                                                 multiply-adds; raises UserError where none is that cheap
   def expected(fields, depth)         -> {field: value}: stand-ins for what `finish` will hand on: later stages are
                                          checked with them before the first one runs
+  CONTROLS = {'threshold': 'exit_threshold', …}     fields that a request's control takes the place of: {field: control}
   def inherits(fields)                -> regex of the method's parameters that a stage cannot start without; '': none
 
 fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass
@@ -29,7 +30,7 @@ import numpy as np
 
 from tokenprune_jax import reducers
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.models import Classifier, Output
+from tokenprune_jax.models import Classifier, Output, whole_spec
 from tokenprune_jax.tasks import Task, apart, label_weight, softened, weighted_mean
 
 DISTILLATIONS = ('distil', 'distil_states')  # objectives that ask a teacher for its answers alone: `answers`
@@ -218,6 +219,27 @@ def at_budget(spec: Mapping[str, Any], target: float, validation: Validation) ->
   path, member = able[-1]
   found = module(member['name']).at_budget(member, target, validation.of(path))
   return with_handed_on(spec, {member['name']: found})
+
+
+def by_controls(
+  spec: Mapping[str, Any], known: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], dict[str, float]]:
+  """(a spec, controls at which its program does what `spec` says): that of `known`, whose program is compiled already.
+
+  (spec, {}) where the two differ in more than controls, or two members of a chain read the same one. For the executor
+  `mask`, which does not read capacities.
+  """
+  ours, others = members(whole_spec(spec)), members(whole_spec(known))
+  if [own['name'] for own in ours] != [other['name'] for other in others]:
+    return spec, {}
+  controls: dict[str, float] = {}
+  for own, theirs in zip(ours, others):
+    names = getattr(module(own['name']), 'CONTROLS', {})
+    changed = {field for field in own if field != 'reducers' and own[field] != theirs[field]}
+    if changed - {*names, 'capacities'} or set(controls) & set(names.values()):
+      return spec, {}
+    controls |= {control: own[field] for field, control in names.items()}
+  return known, controls
 
 
 def module(name: str) -> ModuleType:

@@ -36,6 +36,7 @@ from tokenprune_jax.tokens import Tokens, empty_rows, live
 
 TINY: dict = {'layers': (1, 2), 'threshold': 0.95}
 NEUTRAL: dict = {'layers': (1, 2), 'threshold': 0.0}
+CONTROLS = {'threshold': 'exit_threshold'}
 NEVER = {'entropy': 0.0, 'max_probability': 1.0, 'patience': 1e6}  # thresholds at which nobody leaves
 EASIEST = {'entropy': 1.0, 'max_probability': 0.0, 'patience': 1.0}
 HOTTEST = 20.0  # a temperature, and its inverse

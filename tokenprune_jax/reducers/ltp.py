@@ -36,6 +36,7 @@ from tokenprune_jax.tokens import Tokens, leave
 
 TINY: dict = {'threshold': 0.015}
 NEUTRAL: dict = {'threshold': 0.0, 'scale': 0.0}
+CONTROLS = {'threshold': 'threshold', 'scale': 'scale'}
 NORMS = ('received', 'per_live_token', 'per_padded_token')
 SOFT_FORMS = ('stream', 'output')
 LOWEST = 1e-5  # of a hard threshold: a token that receives nothing leaves wherever a layer prunes

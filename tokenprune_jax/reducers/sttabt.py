@@ -41,6 +41,7 @@ from tokenprune_jax.tokens import Capacity, Tokens
 
 TINY: dict = {'mode': 'hard', 'factor': 4, 'theta': -1.5}
 NEUTRAL: dict = {'mode': 'topk', 'keep': 1.0, 'factor': 4}
+CONTROLS = {'keep': 'keep', 'shift': 'shift'}
 READOUT = 'cls'  # what the shared tests read out
 MODES = ('distil', 'topk', 'soft', 'hard')
 EPSILON = 1e-7

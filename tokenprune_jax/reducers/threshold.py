@@ -26,6 +26,7 @@ from tokenprune_jax.tokens import Tokens, leave
 
 TINY: dict = {'threshold': 0.015}
 NEUTRAL: dict = {'threshold': 0.0}
+CONTROLS = {'threshold': 'threshold'}
 REFERENCE = 128  # tokens, the padded length of the official recipe
 
 
