@@ -40,6 +40,7 @@ CORPORA = {
   'bbc': Corpus('BBC News', 256, (64, 128, 192, 256), 3),
 }
 BUDGET = (f'reducer.target_macs={TRAINED_AT}',)
+HALF_PRUNED = ('reducer.reducers[0].target_macs=0.5',)  # exits take off the rest
 ADAPTED = 3  # epochs that an ApproxNet of all texts goes on for on the attention of a dataset's own dense run
 LONG = 5  # epochs of the last stage where a teacher's states are learned: they go on telling more when labels are known
 
@@ -84,7 +85,13 @@ METHODS = {
   'spatten': Method('cascade of tokens and heads (SpAtten)', 'spatten'),
   'exits': Method('exits, linear', 'exits', executor='serve'),
   'fastbert': Method('FastBERT', 'exits', ('reducer.head=attention',), 'serve'),
-  'pyramid': Method('Magic Pyramid', 'pyramid', ('reducer.reducers[0].target_macs=0.5',), 'serve'),
+  'pyramid': Method('Magic Pyramid', 'pyramid', HALF_PRUNED, 'serve'),
+  'pyramid_fastbert': Method(
+    "Magic Pyramid, FastBERT's exits",
+    'pyramid',
+    (*HALF_PRUNED, 'reducer.reducers[1].head=attention'),
+    'serve',
+  ),
   'student': Method('student, half of the layers', 'student+states', (f'stages[0].epochs={LONG}',)),
   'student_third': Method(
     'student, a third of the layers', 'student_third+states', (f'stages[0].epochs={LONG}',)
@@ -151,10 +158,10 @@ PLANS = {
   'exits': Plan(
     'Exits, pruning, and both',
     {'ag_news': ALL, 'bbc': (0,), 'rotten_tomatoes': (0,), 'ag_mpnet': (0,)},
-    ('ltp', 'exits', 'fastbert', 'pyramid', 'student'),
+    ('ltp', 'exits', 'fastbert', 'pyramid_fastbert', 'student', 'pyramid'),
     (),
     (0.4, 0.25, 0.6, 0.15, 0.8, 0.5, 0.3),
-    few={'ag_mpnet': ('exits', 'pyramid')},
+    few={'ag_mpnet': ('fastbert', 'pyramid_fastbert')},
     lengths=True,
   ),
 }

@@ -221,7 +221,7 @@ def test_exits_are_a_study_of_their_own(study, tmp_path, monkeypatch):
   assert told.splitlines()[4].startswith('| LTP | 0.40 |') and told.splitlines()[4].count('(1.00)') == 3
   rows = list(text_runs.rows(text_runs.PLANS['exits']))
   large = [row for row in rows if row.dataset == 'ag_mpnet']
-  assert [row.name for row in large] == ['dense', 'exits', 'pyramid'] and large[
+  assert [row.name for row in large] == ['dense', 'fastbert', 'pyramid_fastbert'] and large[
     0
   ].variant == 'dense,mpnet-base'
 
