@@ -69,6 +69,7 @@ def specs(depth: int) -> dict[str, tuple[dict[str, Any], str]]:
     'threshold': ({'name': 'threshold'}, 'serve'),
     'ltp': ({'name': 'ltp'}, 'serve'),
     'sttabt': ({'name': 'sttabt', 'mode': 'topk', 'overflow_rate': 0.05}, 'compact'),
+    'sttabt_concrete': ({'name': 'sttabt', 'mode': 'hard', 'overflow_rate': 0.05}, 'compact'),
     'early_exit': ({'name': 'early_exit', 'layers': tuple(range(1, depth))}, 'serve'),
   }
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenprune_jax import backtracking
+from tokenprune_jax import attention, backtracking
+from tokenprune_jax.attention import Terms
 
 G = np.load(pathlib.Path(__file__).parent / 'golden' / 'backtracking.npz')
 
@@ -17,9 +18,9 @@ def counts_of(values, rows=1):
 
 
 def test_the_golden_plan_of_top_k():
-  maps = [jnp.asarray(weights)[None] for weights in G['golden_abt.attn_mean']]
+  layers = [backtracking.of_map(jnp.asarray(weights)[None]) for weights in G['golden_abt.attn_mean']]
   plan = backtracking.top_k(
-    maps, jnp.ones((1, 5), bool), counts_of(G['golden_abt.ks']), float(G['golden_abt.p'])
+    layers, jnp.ones((1, 5), bool), counts_of(G['golden_abt.ks']), float(G['golden_abt.p'])
   )
   np.testing.assert_array_equal(plan[0, :2], G['golden_abt.keep_mask'])
   np.testing.assert_array_equal(plan[0, 2], [1, 0, 0, 0, 0])
@@ -29,33 +30,50 @@ def test_the_golden_plan_of_top_k():
 def test_top_k_is_the_official_plan(tag, mix):
   maps = [jnp.asarray(weights)[None] for weights in G['abt.attn_headmean']]
   every = jnp.ones((1, maps[0].shape[-1]), bool)  # the official function does not look at its mask
-  plan = backtracking.top_k(maps, every, counts_of(G['abt.kcount']), mix)
+  plan = backtracking.top_k(
+    [backtracking.of_map(weights) for weights in maps], every, counts_of(G['abt.kcount']), mix
+  )
   np.testing.assert_array_equal(plan[0], G[f'abt.keep_mask_{tag}'])
 
 
-def concrete(scores, valid, theta):
+def as_product(scores):
+  """Terms of given scores before the softmax [b h n n]: they are the queries, and keys pick their entries."""
+  n = scores.shape[-1]
+  return Terms(scores * n**0.5, jnp.broadcast_to(jnp.eye(n), scores.shape), None)
+
+
+def as_bias(scores):
+  """The same, where they are all bias."""
+  return Terms(jnp.zeros_like(scores), jnp.zeros_like(scores), scores)
+
+
+def concrete(scores, valid, theta, terms=as_product):
   """The plan of scores before the softmax [b h n n]."""
-  return backtracking.concrete([backtracking.standing(layer, valid) for layer in scores], valid, theta)
+  return backtracking.concrete(
+    [backtracking.standings(terms(layer), valid) for layer in scores], valid, theta
+  )
 
 
+@pytest.mark.parametrize('terms', [as_product, as_bias])
 @pytest.mark.parametrize('name', ['concrete_thetam0p5', 'concrete_thetam1p5'])
-def test_the_golden_concrete_plan(name):
+def test_the_golden_concrete_plan(name, terms):
   scores = [jnp.asarray(layer)[None, None] for layer in G[f'golden_{name}.scores']]
   theta = jnp.asarray(G[f'golden_{name}.theta'])
-  plan, ranks = concrete(scores, jnp.ones((1, 5), bool), theta)
+  plan, ranks = concrete(scores, jnp.ones((1, 5), bool), theta, terms)
   np.testing.assert_allclose(ranks[0], G[f'golden_{name}.u'], atol=2e-6)
   np.testing.assert_allclose(plan[0, :2], G[f'golden_{name}.mask_soft'], atol=1e-5)
   np.testing.assert_array_equal(plan[0, :2] >= 0.5, G[f'golden_{name}.mask_hard'] > 0)
 
 
+@pytest.mark.parametrize('terms', [as_product, as_bias])
 @pytest.mark.parametrize('tag', ['neg15', 'neg05', 'zero', 'mixed'])
-def test_concrete_is_the_official_plan(tag):
+def test_concrete_is_the_official_plan(tag, terms):
   scores, valid = (
     [jnp.asarray(layer) for layer in G['concrete.scores']],
     jnp.asarray(G['concrete.key_mask'] > 0),
   )
   theta = jnp.asarray(G[f'concrete.theta_{tag}'])
-  plan, ranks = concrete(scores, valid, theta)
+  plan, ranks = concrete(scores, valid, theta, terms)
   np.testing.assert_allclose(np.swapaxes(ranks, 0, 1), G[f'concrete.u_{tag}'], atol=2e-6)
   np.testing.assert_allclose(np.swapaxes(plan, 0, 1), G[f'concrete.mask_soft_{tag}'], atol=1e-5)
   hard = np.asarray(plan) >= 0.5
@@ -77,7 +95,7 @@ def test_plans_shrink_upwards_and_hold_no_padding():
   weights = [jax.nn.softmax(jnp.where(valid[:, None, None], layer, -1e9), -1).mean(1) for layer in scores]
   counts = [jnp.array([5, 3, 1])] * 3
   for plan in (
-    backtracking.top_k(weights, valid, counts),
+    backtracking.top_k(list(map(backtracking.of_map, weights)), valid, counts),
     concrete(scores, valid, jnp.zeros(3))[0],
   ):
     assert (np.diff(np.asarray(plan), axis=1) <= 1e-7).all()
@@ -101,3 +119,35 @@ def test_thresholds_have_a_gradient_everywhere():
 
   gradient = jax.grad(kept)(jnp.full(3, -0.5))
   assert np.isfinite(gradient).all() and (np.asarray(gradient) >= 0).all() and float(gradient.sum()) > 0
+
+
+@pytest.mark.parametrize('biased', [False, True])
+def test_standings_are_those_of_a_loop_over_rows(biased, monkeypatch):
+  """In passes as all at once, value and gradient; asked by the first rows alone as by zeros behind them."""
+  rng = np.random.default_rng(3)
+  query, key = (jnp.asarray(rng.normal(size=(3, 2, 16, 4)), jnp.float32) for _ in range(2))
+  bias = jnp.asarray(rng.normal(size=(1, 2, 16, 16)), jnp.float32) if biased else None
+  valid = jnp.arange(16)[None] < jnp.array([16, 9, 1])[:, None]
+  asked = jnp.asarray(rng.random((3, 16)), jnp.float32) * valid
+
+  def answer(query, asked):
+    return backtracking.standings(Terms(query, key, bias), valid)(asked)
+
+  wanted = np.zeros((3, 16))
+  for b, n in enumerate((16, 9, 1)):
+    for h in range(2):
+      for i in range(n):
+        row = np.asarray(query[b, h, i] @ key[b, h, :n].T / 2 + (bias[0, h, i, :n] if biased else 0), float)
+        found = jax.scipy.stats.norm.cdf((row - row.mean()) / (row.std() + backtracking.EPSILON))
+        wanted[b, :n] += np.asarray(asked[b, i] * found) / 2
+  np.testing.assert_allclose(answer(query, asked), wanted, atol=2e-5)
+  np.testing.assert_allclose(answer(query, asked[:, :8]), answer(query, asked.at[:, 8:].set(0)), atol=1e-5)
+
+  def total(query):
+    return (answer(query, asked) ** 2).sum()
+
+  whole = jax.value_and_grad(total)(query)
+  monkeypatch.setattr(attention, 'in_pass', lambda b, h, entries: (1, 1))
+  for one, other in zip(whole, jax.value_and_grad(total)(query)):
+    assert np.isfinite(other).all()
+    np.testing.assert_allclose(other, one, atol=1e-5)

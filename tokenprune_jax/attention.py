@@ -4,6 +4,8 @@ weight = exp(score - max) * seen / (sum + eps), the maximum over seen keys and w
 removal, and a soft mask has a gradient. Shapes: b batch, h heads, q queries, k keys, e width of a head.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenprune_jax.grouping import largest_divisor, on_one_cpu
 from tokenprune_jax.layers import dropped
 
-LIGHT = {'received', 'first_row', 'magnitude'}  # evidence that needs no whole attention map
+LIGHT = {'received', 'first_row', 'magnitude', 'terms'}  # evidence that needs no whole attention map
 CACHED_ENTRIES = 3 * 2**20  # of all attention maps together: what is above goes in passes
 PASS_ENTRIES = 3 * 2**19  # of the attention maps of one such pass
 PASS = 128  # queries of one pass beside a fused kernel
@@ -21,13 +23,22 @@ UNSEEN = -1e9  # added to a score whose key is not seen: its exponential is 0 to
 EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything hard, where it is at least 1
 
 
+class Terms(NamedTuple):
+  """What scores are made of: query [b h q e], key [b h k e], bias [#b #h q k] or None. With their gradient."""
+
+  query: Array
+  key: Array
+  bias: Array | None
+
+
 class Evidence(NamedTuple):
   """What attention hands a method, only what its `reads` names, before dropout, in the stream's coordinates.
 
   received [b h n]: weights summed over updated queries; 0 where unseen. own [b h n]: what a slot gives to itself.
   entropy [b h n]: entropy in nats of how that attention spreads over the queries. first_row [b h n]: the weights of
-  query 0 ([CLS]). weights [b h n n]: all. scores [b h n n]: before the softmax. magnitude [b h]: of what a head puts
-  out, absolute values summed over updated queries and features.
+  query 0 ([CLS]). weights [b h n n]: all. map [b n n]: their mean over heads. scores [b h n n]: before the softmax.
+  magnitude [b h]: of what a head puts out, absolute values summed over updated queries and features. terms: what a method
+  makes maps of itself, where no keys are gathered (the executor `mask`).
   """
 
   received: Array | None = None
@@ -35,8 +46,10 @@ class Evidence(NamedTuple):
   entropy: Array | None = None
   first_row: Array | None = None
   weights: Array | None = None
+  map: Array | None = None
   scores: Array | None = None
   magnitude: Array | None = None
+  terms: Terms | None = None
 
 
 def soft_parts(
@@ -114,6 +127,8 @@ def read(
     found['first_row'] = exps[..., 0, :] * share[..., 0, :]
   if 'weights' in reads:
     found['weights'] = exps * share
+  if 'map' in reads:
+    found['map'] = over_heads(exps * share)[..., 0, :, :] / exps.shape[-3]
   return {name: value for name, value in found.items() if name in reads}
 
 
@@ -127,10 +142,10 @@ def over_queries(values: Float[Array, '*b h q k'], counted: Float[Array, '*b h q
   return jax.lax.optimization_barrier(weighted.reshape(*outer, q // 8, 8, k).sum(-2)).sum(-2)
 
 
-def over_heads(values: Float[Array, '*b h q k']) -> Float[Array, '*b q k']:
-  """Mean over the heads: as a sum of slices, which XLA fuses into one pass along the rows."""
-  heads = values.shape[-3]
-  return sum((values[..., head, :, :] for head in range(1, heads)), values[..., 0, :, :]) / heads
+def over_heads(values: Float[Array, '*b h q k']) -> Float[Array, '*b 1 q k']:
+  """Sum over the heads: as a sum of slices, which XLA fuses into one pass along the rows."""
+  heads = (values[..., head : head + 1, :, :] for head in range(values.shape[-3]))
+  return functools.reduce(jnp.add, heads)
 
 
 class Mixing(NamedTuple):
@@ -152,7 +167,7 @@ def mix(
   rng: Array | None,
   how: Mixing,
   own: Bool[Array, 'b #h q k'] | None = None,
-) -> tuple[Float[Array, 'b h q e'], dict[str, Array]]:
+) -> tuple[Float[Array, 'b h q e'], dict[str, Any]]:
   """Scaled dot-product attention: (mixed values, the evidence that `how.reads` names).
 
   seen: how much each key is attended to; updated: 1 at queries that count in the evidence. bias: added to the scores.
@@ -160,13 +175,15 @@ def mix(
   where masks are soft. own: see `read`.
   """
   drops = how.dropout and rng is not None
-  if not how.soft and not drops and set(how.reads) <= LIGHT:
+  light_enough = LIGHT | {'map'} if how.kernel == 'plain' else LIGHT
+  if not how.soft and not drops and set(how.reads) <= light_enough:
     if how.kernel == 'plain':
       mixed, found = in_passes(query, key, value, seen, updated, bias, how.reads)
     else:
       mixed = fused(query, key, value, seen, bias, how.kernel)
       found = light(query, key, seen, updated, bias, how.reads)
-    return mixed, {**found, **sized(mixed, updated, how.reads)}
+    terms = {'terms': Terms(query, key, bias)} if 'terms' in how.reads else {}
+    return mixed, {**found, **sized(mixed, updated, how.reads), **terms}
   scores = scaled_scores(query, key, bias)
   exps, share = (soft_parts if how.soft else hard_parts)(scores, seen[..., None, :])
   parts = exps, share
@@ -209,8 +226,6 @@ def in_passes(
   reads: tuple[str, ...],
 ) -> tuple[Float[Array, 'b h q e'], dict[str, Array]]:
   """`mix` for a hard `seen` and evidence of LIGHT, a few maps at a time: for inference they are not all kept."""
-  b, h, q, _ = query.shape
-  rows, heads = in_pass(b, h, q * key.shape[2])
 
   def some(states, bias, updated):
     query, key, value, seen = states
@@ -220,27 +235,42 @@ def in_passes(
       found['received'] = jnp.einsum('bhqk,bhq->bhk', exps, updated[:, None] * share[..., 0])
     if 'first_row' in reads:
       found['first_row'] = exps[:, :, 0] * share[:, :, 0]
+    if 'map' in reads:
+      found['map'] = over_heads(exps * share)
     return mixture(exps, share, value), jax.lax.stop_gradient(found)
 
+  mixed, found = by_passes(some, (query, key, value, seen), bias, updated)
+  if 'map' in reads:
+    found['map'] = found['map'].sum(1) / query.shape[1]
+  return mixed, found
+
+
+def by_passes(
+  some: Callable, states: tuple[Array, ...], bias: Float[Array, '#b #h q k'] | None, common: Array
+) -> Any:
+  """some(states, bias, common) -> arrays [b h …] of attention maps, a few of these at a time; [b 1 …] become [b passes …].
+
+  states: query [b h q e], key [b h k e] and more [b #h …]; common [b …]: the same for all heads.
+  """
+  b, h, q, _ = states[0].shape
+  rows, heads = in_pass(b, h, q * states[1].shape[2])
   if (rows, heads) == (b, h):
-    return some((query, key, value, seen), bias, updated)
+    return some(states, bias, common)
 
   def split(x, rows=rows):  # [b h …] -> [b / rows, h / heads, rows, heads, …]
     x = jnp.broadcast_to(x, (x.shape[0], h, *x.shape[2:]))
     return x.reshape(-1, rows, h // heads, heads, *x.shape[2:]).swapaxes(1, 2)
 
-  shared = bias is not None and bias.shape[0] == 1
-  common = split(bias, 1)[0] if shared else None
+  shared = split(bias, 1)[0] if bias is not None and bias.shape[0] == 1 else None
 
   def examples(given):
-    states, own, updated = given
-    parts = states, common if shared else own
-    return jax.lax.map(lambda part: some(part[0], part[1], updated), parts)
+    states, own, common = given
+    parts = states, own if shared is None else shared
+    return jax.lax.map(lambda part: some(*part, common), parts)
 
-  states = tuple(split(x) for x in (query, key, value, seen))
-  own = None if shared or bias is None else split(bias)
-  found = jax.lax.map(examples, (states, own, updated.reshape(-1, rows, q)))
-  return jax.tree.map(lambda x: x.swapaxes(1, 2).reshape(b, h, *x.shape[4:]), found)
+  own = split(bias) if bias is not None and shared is None else None
+  parts = tuple(map(split, states)), own, common.reshape(-1, rows, *common.shape[1:])
+  return jax.tree.map(lambda x: x.swapaxes(1, 2).reshape(b, -1, *x.shape[4:]), jax.lax.map(examples, parts))
 
 
 def cut(x: Array, axis: int, count: int) -> Array:

@@ -1,19 +1,22 @@
 """Attention back-tracking: which tokens each layer needs, walked from the last layer to the first (STTABT, ICLR 2023).
 
 A plan says for each layer which tokens it takes in; the last entry is what is read out, [CLS] alone. A token that a layer
-needs is needed by all layers below it, so plans shrink from the first layer to the last. Shapes: b batch, n tokens, h heads;
-maps are lists by layer, the first layer first.
+needs is needed by all layers below it, so plans shrink from the first layer to the last. Shapes: b batch, n tokens, h heads.
+
+A walk asks each layer's map A (the mean over heads) what it gives to every key: asked [b q] of its first q queries ->
+sum_i asked_i A_ij [b n]. What answers is a `Layer`; lists of them are by layer, the first layer first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenprune_jax.attention import over_heads
+from tokenprune_jax.attention import Terms, by_passes, scaled_scores
 from tokenprune_jax.tokens import descending_rank
 
+Layer = Callable[[Float[Array, 'b q']], Float[Array, 'b n']]
 EPSILON = 1e-7
 TEMPERATURE = 0.1
 MIX = 0.1  # how much of an output's own score goes into what it asks of the layer below
@@ -24,8 +27,64 @@ def class_token(valid: Bool[Array, 'b n']) -> Float[Array, 'b n']:
   return (jnp.arange(valid.shape[1])[None] == 0) * jnp.ones(valid.shape)
 
 
+def of_map(weights: Float[Array, 'b n n']) -> Layer:
+  """Answers from a map that is there."""
+  return lambda asked: jnp.einsum('bi,bij->bj', asked, weights[:, : asked.shape[1]])
+
+
+def standings(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
+  """Answers from how keys stand among their row's, in [0, 1]: the normal CDF of standardised scores before softmax.
+
+  Made when asked, only the rows that are asked for, a few heads at a time.
+  """
+
+  def given(states, bias, asked):
+    query, key, valid = states
+    scores = None if bias is None else scaled_scores(query, key, bias)
+    above = standard(query, key, valid) if scores is None else standardised(scores, valid[..., None, :])
+    # The normal CDF is 0.5 + 0.5 erf; as `norm.cdf`, good to the last tail, it takes four times as long. The barrier
+    # keeps XLA from making one loop of it and the product, which a CPU takes longer for.
+    sides = jax.lax.optimization_barrier(jax.lax.erf(above * 0.5**0.5))
+    heads = jnp.broadcast_to(asked[:, None], sides.shape[:3])
+    return 0.5 * valid * (jnp.einsum('bhqk,bhq->bhk', sides, heads) + heads.sum(-1, keepdims=True))
+
+  def answer(asked):
+    q, bias = asked.shape[1], None if terms.bias is None else terms.bias[:, :, : asked.shape[1]]
+    states = terms.query[:, :, :q], terms.key, valid[:, None].astype(jnp.float32)
+    return by_passes(given, states, bias, asked).mean(1)
+
+  return answer
+
+
+def standardised(scores: Float[Array, 'b h q n'], keys: Float[Array, 'b #h 1 n']) -> Float[Array, 'b h q n']:
+  """Scores less their row's mean, over its deviation; 0 where all are the same. keys: 1 at those that count."""
+  count = jnp.maximum(keys.sum(-1, keepdims=True), 1)
+  mean = (scores * keys).sum(-1, keepdims=True) / count
+  return (scores - mean) / deviation((((scores - mean) * keys) ** 2).sum(-1, keepdims=True) / count)
+
+
+def standard(
+  query: Float[Array, 'b h q e'], key: Float[Array, 'b h n e'], valid: Float[Array, 'b #h n']
+) -> Float[Array, 'b h q n']:
+  """`standardised` of the products of queries and keys, by one more product instead of passes over them.
+
+  With the keys' mean m and covariance C, scores q k have the mean q m and the variance q C q.
+  """
+  query, keys = query * query.shape[-1] ** -0.5, valid[..., None]
+  count = jnp.maximum(keys.sum(2, keepdims=True), 1)
+  apart = (key - (key * keys).sum(2, keepdims=True) / count) * keys
+  covariance = jnp.einsum('bhke,bhkf->bhef', apart, apart) / count
+  variance = jnp.einsum('bhqe,bhef,bhqf->bhq', query, covariance, query)
+  return jnp.einsum('bhqe,bhke->bhqk', query / deviation(variance[..., None]), apart)
+
+
+def deviation(variance: Float[Array, '*b']) -> Float[Array, '*b']:
+  """Its root and a little, which is never 0 and has a gradient everywhere."""
+  return jnp.sqrt(jnp.where(variance > 0, variance, 1)) * (variance > 0) + EPSILON
+
+
 def top_k(
-  maps: Sequence[Float[Array, 'b n n']],
+  layers: Sequence[Layer],
   valid: Bool[Array, 'b n'],
   counts: Sequence[Int[Array, 'b']],
   mix: float = MIX,
@@ -34,13 +93,14 @@ def top_k(
 
   s_j = mean over needed i of A_ij (mix w_i + 1 - mix);  I = TopK(s) and all needed;  w_j = s_j / sum over I of s
 
-  maps: attention, mean over heads. Returns masks of 0 and 1, l = layers + 1.
+  layers: of attention weights, `of_map`. Returns masks of 0 and 1, l = layers + 1.
   """
   needed = impact = class_token(valid)
   plan = [needed]
-  for weights, count in zip(reversed(maps), reversed(counts)):
+  for layer, count in zip(reversed(layers), reversed(counts)):
     asked = needed * (mix * impact + 1 - mix)
-    score = jnp.einsum('bi,bij->bj', asked, weights) / needed.sum(-1, keepdims=True)
+    found = layer(asked if plan[1:] else asked[:, :1])  # the read-out needs the first token alone
+    score = found / needed.sum(-1, keepdims=True)
     best = descending_rank(jnp.where(valid, score, -jnp.inf)) < count[:, None]
     needed = jnp.where((best & valid) | (needed > 0), 1.0, 0.0)
     impact = score * needed
@@ -49,23 +109,13 @@ def top_k(
   return jnp.stack(plan[::-1], axis=1)
 
 
-def standing(scores: Float[Array, 'b h n n'], valid: Bool[Array, 'b n']) -> Float[Array, 'b n n']:
-  """How a key stands among its row's, in [0, 1]: the normal CDF of standardised scores before softmax, mean over heads."""
-  keys = valid[:, None, None, :].astype(scores.dtype)
-  count = jnp.maximum(keys.sum(-1, keepdims=True), 1)
-  mean = (scores * keys).sum(-1, keepdims=True) / count
-  variance = (((scores - mean) * keys) ** 2).sum(-1, keepdims=True) / count
-  deviation = jnp.sqrt(jnp.where(variance > 0, variance, 1)) * (variance > 0)  # at 0 the root has no gradient
-  return over_heads(jax.scipy.stats.norm.cdf((scores - mean) / (deviation + EPSILON)) * keys)
-
-
 def logit(p: Float[Array, '*b']) -> Float[Array, '*b']:
   """log p / (1 - p), finite at 0 and 1."""
   return jnp.log(p + EPSILON) - jnp.log(1 - p + EPSILON)
 
 
 def concrete(
-  maps: Sequence[Float[Array, 'b n n']],
+  layers: Sequence[Layer],
   valid: Bool[Array, 'b n'],
   theta: Float[Array, '*#b l'],
   mix: float = MIX,
@@ -75,15 +125,17 @@ def concrete(
   v_j = sum_i M_i U_ij (mix u_i + 1 - mix) / sum_i M_i, M and u those of the layer above;  u_j = 0.01 + 0.99 v_j / max v
   m_j = sigmoid((theta + logit u_j) / temperature), M_j = max(m_j, M_j of the layer above)
 
-  Where what is above already keeps it, or u_j >= sigmoid(-theta). maps: U, by `standing`. Returns (plan, m = layers + 1; u by
-  layer).
+  Where what is above already keeps it, or u_j >= sigmoid(-theta). layers: of U, `standings`. Returns (plan, m = layers + 1; u
+  by layer).
   """
   alive = valid.astype(jnp.float32)
   mask = score = class_token(valid)
-  plan, ranks = [mask], []
-  for layer in reversed(range(len(maps))):
+  plan = [mask]
+  ranks: list[jax.Array] = []
+  for layer in reversed(range(len(layers))):
     asked = mask * (mix * score + 1 - mix)
-    found = jnp.einsum('bi,bij->bj', asked, maps[layer]) / (mask.sum(-1, keepdims=True) + EPSILON)
+    found = layers[layer](asked if ranks else asked[:, :1])  # the read-out needs the first token alone
+    found = found / (mask.sum(-1, keepdims=True) + EPSILON)
     top = (found * alive).max(-1, keepdims=True)
     score = (0.01 + 0.99 * found / (top + EPSILON)) * alive
     mask = jnp.maximum(jax.nn.sigmoid((theta[..., layer, None] + logit(score)) / TEMPERATURE) * alive, mask)

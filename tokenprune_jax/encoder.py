@@ -5,7 +5,7 @@ what every block computed. Shapes: b batch, n slots, h heads, d width, N input l
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ PASSES = {
   'weights': 0,
   'scores': 0,
   'magnitude': 0,
+  'terms': 0,
+  'map': 0,
 }  # sums over an attention map that evidence takes
 
 
@@ -169,7 +171,7 @@ def own_places(queries: Array | None, keys: Array | None, n: int) -> Array | Non
   return rows == columns
 
 
-def in_stream(found: dict[str, Array], kept: Array | None) -> Evidence:
+def in_stream(found: dict[str, Any], kept: Array | None) -> Evidence:
   """Evidence in the coordinates of the stream, whatever keys were gathered; keys without a place read 0."""
   if kept is None:
     return Evidence(**found)

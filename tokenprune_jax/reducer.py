@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.tokens import Tokens, restored
 
-Memory = dict[str, Array]
+Memory = dict[str, Any]  # arrays, or tuples of arrays
 
 
 class Inputs(NamedTuple):

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenprune_jax import backtracking, budget, flops, schedule
-from tokenprune_jax.attention import Evidence, over_heads, soft_weights
+from tokenprune_jax.attention import Evidence, soft_weights
 from tokenprune_jax.encoder import Encoder, EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
@@ -49,19 +49,19 @@ FURTHEST = 20.0  # of a shift: all tokens, or none but [CLS]
 
 
 class Watcher(Reducer):
-  """Removes nothing, and remembers of every layer what plans are made of: keeps, of the mean over heads, [b n n] each.
+  """Removes nothing, and remembers of every layer the evidence that it keeps.
 
-  keeps 'weights': the attention maps; 'standing': how keys stand in their rows (`backtracking`); 'scores', what is learned
-  from: every head's scores [b h n n], and states [b n d] (0: embeddings).
+  keeps 'map': attention weights; 'terms': what scores are made of; 'scores': those of every head, and states [b n d]
+  (0: embeddings), from which there is something to learn.
   """
 
   keeps: str = 'scores'
 
   def soft(self) -> str:
-    return 'stream'  # what is read needs a gradient
+    return 'stream' if self.keeps == 'scores' else ''  # they need a gradient
 
   def reads(self, layer: int) -> tuple[str, ...]:
-    return ('weights',) if self.keeps == 'weights' else ('scores',)
+    return (self.keeps,)
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     return tokens, {'state_0': tokens.x} if self.keeps == 'scores' else {}
@@ -69,14 +69,7 @@ class Watcher(Reducer):
   def after_attention(
     self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
   ) -> tuple[Tokens, Memory]:
-    if self.keeps == 'weights':
-      assert evidence.weights is not None  # `reads` asked for it
-      return tokens, {**memory, f'map_{layer}': over_heads(evidence.weights)}
-    assert evidence.scores is not None
-    if self.keeps == 'standing':
-      found = backtracking.standing(evidence.scores, tokens.seen > 0)
-      return tokens, {**memory, f'map_{layer}': found}
-    return tokens, {**memory, f'scores_{layer}': evidence.scores}
+    return tokens, {**memory, f'{self.keeps}_{layer}': getattr(evidence, self.keeps)}
 
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
     return tokens, {**memory, f'state_{layer}': tokens.x} if self.keeps == 'scores' else memory
@@ -264,7 +257,7 @@ class Method(Reducer):
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     config, depth = self.narrow(inputs.encoder), inputs.encoder.depth
-    keeps = {'distil': 'scores', 'topk': 'weights'}.get(self.mode, 'standing')
+    keeps = {'distil': 'scores', 'topk': 'map'}.get(self.mode, 'terms')
     seen, logits = self.approx(config, inputs, keeps)
     valid = inputs.mask.astype(jnp.float32)
     memory = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', inputs.mask.sum(-1))}
@@ -286,15 +279,16 @@ class Method(Reducer):
         **mine,
         **watched,
       }
-    maps = [seen[f'map_{l}'] for l in range(1, depth + 1)]
     if self.mode == 'topk':
+      layers = [backtracking.of_map(seen[f'map_{l}']) for l in range(1, depth + 1)]
       real, keep = inputs.mask.sum(-1), self.controlled(inputs, 'keep')
       count = jnp.where(keep <= 1, jnp.ceil(keep * real - 1e-6), jnp.minimum(keep, real))
-      plan = backtracking.top_k(maps, inputs.mask, [count.astype(jnp.int32)] * depth, self.mix)
+      plan = backtracking.top_k(layers, inputs.mask, [count.astype(jnp.int32)] * depth, self.mix)
     else:
+      layers = [backtracking.standings(seen[f'terms_{l}'], inputs.mask) for l in range(1, depth + 1)]
       theta = self.thresholds(depth, self.theta)
       shifted = theta + self.controlled(inputs, 'shift')[:, None]
-      plan, _ = backtracking.concrete(maps, inputs.mask, shifted, self.mix)
+      plan, _ = backtracking.concrete(layers, inputs.mask, shifted, self.mix)
       if train:
         moved, share = regularisers(theta, self.theta, plan, valid)
         memory['loss'] = self.theta_weight * moved + self.mask_weight * share
