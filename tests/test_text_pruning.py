@@ -17,7 +17,7 @@ from benchmarks import accuracy, measure, report, text_page, text_pruning, text_
 from benchmarks.trained import SCORES  # noqa: E402
 from tests.reference import TINY_CONFIG, model_and_params  # noqa: E402
 from tests.test_accuracy_queue import fake_point, fake_result  # noqa: E402
-from tokenprune_jax import models, stages  # noqa: E402
+from tokenprune_jax import models, stages, workdir  # noqa: E402
 from tokenprune_jax.data import datasets  # noqa: E402
 from tokenprune_jax.errors import UserError  # noqa: E402
 
@@ -96,6 +96,8 @@ def study(monkeypatch, tmp_path):
   monkeypatch.setattr(
     text_pruning, 'divergences', lambda *_: {'distilled': 0.2, 'pooled': 0.3, 'random': 1.6}
   )
+  # As lines, which takes a tenth of the time: the file is written after every point.
+  monkeypatch.setattr(workdir, 'write_json', lambda path, value: workdir.write_text(path, json.dumps(value)))
   bootstrap = report.metrics.paired_bootstrap
   monkeypatch.setattr(report.metrics, 'paired_bootstrap', lambda *given: bootstrap(*given, draws=50))
   run.failing = failing
@@ -103,8 +105,9 @@ def study(monkeypatch, tmp_path):
 
 
 def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatch):
-  plots = text_page.plots
-  monkeypatch.setattr(text_page, 'plots', lambda *_: None)  # drawn once, below
+  page, plots = text_page.page, text_page.plots
+  monkeypatch.setattr(text_page, 'page', lambda *_: '')  # made and drawn once, below
+  monkeypatch.setattr(text_page, 'plots', lambda *_: None)
   study.failing.add('sst2/ltp-seed0')
   assert study('--rows=3') == ['sst2/dense-seed0', 'sst2/topk-seed0', 'sst2/ltp-seed0']
   found = json.loads((tmp_path / 'text_pruning.json').read_text())
@@ -148,7 +151,7 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
   assert set(document['divergences']) == {'sst2', 'ag_news', 'bbc'} and set(
     document['quartiles']['ltp'][0]
   ) >= {'accuracy'}
-  text = (tmp_path / 'text_pruning.md').read_text()
+  text = page(document, PLAN, 'text_pruning')
   assert (
     'chosen on validation' in text
     and 'distilled 0.200, of all texts pooled 0.300, random 1.600' in text
