@@ -231,7 +231,8 @@ def plot(
   drawing, axes = report.figure()
   dense = dense_points(document, dataset)
   level = 100 * np.mean([row['metrics']['accuracy'] for row in dense])
-  for place, (name, method) in enumerate(METHODS.items()):
+  studied = {row['name'] for row in document['rows']}  # whether measured or not: a method keeps its colour
+  for place, name in enumerate(name for name in METHODS if name in studied):
     found = [
       of(document, dataset, name, 'trained', None),
       *(of(document, dataset, name, 'set', b) for b in plan.budgets),
@@ -242,7 +243,7 @@ def plot(
     if spots:
       x, mean, low, high = (np.array(column) for column in zip(*spots))
       axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
-                    linewidth=1.4, label=method.title, **report.look(place))  # fmt: skip
+                    linewidth=1.4, label=METHODS[name].title, **report.look(place))  # fmt: skip
   report.level(axes, level)
   report.legend(axes)
   report.titled(axes, title, label, 'Test accuracy in %')

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import report, serving, speed, text_pruning, turns
 from benchmarks.text_runs import METHODS, PLANS, dense_row
 from benchmarks.trained import Trained
-from tokenprune_jax import serve, timing
+from tokenprune_jax import serve, timing, workdir
 
 SIZE = 32  # rows of a batch
 
@@ -79,11 +79,16 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
   ways = serving.dense_ways(plain, dense.params, {'bucketed': batches}, rows)
   best = turns.fastest(ways, options.repeats, options.allow_load)
   assert best is not None
-  write(waiting[0][0], best, best.name, 1.0, len(rows), dataset)
+
+  def keep(point: dict[str, Any], turn: turns.Turn, mac_ratio: float) -> None:
+    write(point, turn, best.name, mac_ratio, len(rows), dataset)
+    workdir.write_json(study.path, study.document)  # what is measured outlives a stop
+
+  keep(waiting[0][0], best, 1.0)
   points = {label(point): point for point, _ in waiting[1:]}
   makers = {label(point): functools.partial(program, point, trained) for point, trained in waiting[1:]}
   for turn in turns.one_by_one(makers, {best.name: best.program}, options.repeats, options.allow_load):
-    write(points[turn.name], turn, best.name, macs[turn.name], len(rows), dataset)
+    keep(points[turn.name], turn, macs[turn.name])
   best.give_up()
 
 
