@@ -250,13 +250,9 @@ def timed(study: Study, options: argparse.Namespace) -> None:
   )
   assert best is not None
 
-  def keep(point: dict[str, Any], turn: turns.Turn, mac_ratio: float) -> None:
-    text_times.write(point, turn, best.name, mac_ratio, len(rows), DATASET)
-    workdir.write_json(study.path, study.document)  # what is measured outlives a stop
-
   for point in study.points['dense', 0]:
     if point['metrics']:
-      keep(point, best, 1.0)
+      text_times.write(study, point, best, best.name, 1.0, len(rows), DATASET)
   for name in SET:
     points = {
       f'{point["name"]} at {point["budget"]}': point
@@ -279,7 +275,7 @@ def timed(study: Study, options: argparse.Namespace) -> None:
     for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
       given = turn.program()
       macs = sum(answer.macs for answer in given) / sum(answer.dense_macs for answer in given)
-      keep(points[turn.name], turn, macs)
+      text_times.write(study, points[turn.name], turn, best.name, macs, len(rows), DATASET)
     served.close()
   best.give_up()
 

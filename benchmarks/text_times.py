@@ -79,28 +79,33 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
   ways = serving.dense_ways(plain, dense.params, {'bucketed': batches}, rows)
   best = turns.fastest(ways, options.repeats, options.allow_load)
   assert best is not None
-
-  def keep(point: dict[str, Any], turn: turns.Turn, mac_ratio: float) -> None:
-    write(point, turn, best.name, mac_ratio, len(rows), dataset)
-    workdir.write_json(study.path, study.document)  # what is measured outlives a stop
-
-  keep(waiting[0][0], best, 1.0)
+  write(study, waiting[0][0], best, best.name, 1.0, len(rows), dataset)
   points = {label(point): point for point, _ in waiting[1:]}
   makers = {label(point): functools.partial(program, point, trained) for point, trained in waiting[1:]}
   for turn in turns.one_by_one(makers, {best.name: best.program}, options.repeats, options.allow_load):
-    keep(points[turn.name], turn, macs[turn.name])
+    write(study, points[turn.name], turn, best.name, macs[turn.name], len(rows), dataset)
   best.give_up()
 
 
 def write(
-  point: dict[str, Any], turn: turns.Turn, dense: str, mac_ratio: float, documents: int, dataset: str
+  study: Any,
+  point: dict[str, Any],
+  turn: turns.Turn,
+  dense: str,
+  mac_ratio: float,
+  documents: int,
+  dataset: str,
 ) -> None:
-  """Puts the time of a turn into a point, and says it. dense: the program that it was timed beside, or itself."""
+  """Puts the time of a turn into a point of a study, says it and writes the study's file, so that it outlives a stop.
+
+  dense: the program that it was timed beside, or itself.
+  """
   point['time'] = {
     **turns.compared(turn, turn.times[dense]['seconds'], mac_ratio), 'documents': documents, 'dense': dense,
     'commit': report.commit(),
     'command': shlex.join(['python', f'benchmarks/{pathlib.Path(sys.argv[0]).name}', *sys.argv[1:]]),
   }  # fmt: skip
+  workdir.write_json(study.path, study.document)
   print(told(dataset, turn.name, point['time']), flush=True)
 
 

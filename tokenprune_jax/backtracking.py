@@ -40,8 +40,10 @@ def standings(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
 
   def given(states, bias, asked):
     query, key, valid = states
-    scores = None if bias is None else scaled_scores(query, key, bias)
-    above = standard(query, key, valid) if scores is None else standardised(scores, valid[..., None, :])
+    if bias is None:
+      above = standard(query, key, valid)
+    else:
+      above = standardised(scaled_scores(query, key, bias), valid[..., None, :])
     # The normal CDF is 0.5 + 0.5 erf; as `norm.cdf`, good to the last tail, it takes four times as long. The barrier
     # keeps XLA from making one loop of it and the product, which a CPU takes longer for.
     sides = jax.lax.optimization_barrier(jax.lax.erf(above * 0.5**0.5))
@@ -49,7 +51,8 @@ def standings(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
     return 0.5 * valid * (jnp.einsum('bhqk,bhq->bhk', sides, heads) + heads.sum(-1, keepdims=True))
 
   def answer(asked):
-    q, bias = asked.shape[1], None if terms.bias is None else terms.bias[:, :, : asked.shape[1]]
+    q = asked.shape[1]
+    bias = None if terms.bias is None else terms.bias[:, :, :q]
     states = terms.query[:, :, :q], terms.key, valid[:, None].astype(jnp.float32)
     return by_passes(given, states, bias, asked).mean(1)
 
