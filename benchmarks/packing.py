@@ -59,7 +59,7 @@ def regrouped(lengths: Sequence[int], shapes: ladder.Ladder) -> Layout:
     rows = shapes.rows(slots)
     while members:
       taken, members = members[:rows], members[rows:]
-      if ladder.crowded(len(taken), rows):
+      if ladder.crowded(len(taken), slots, slots * rows):
         batches.append((slots, taken + [[]] * (rows - len(taken))))
       else:
         batches += [(slots, [row]) for row in taken]

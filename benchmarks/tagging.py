@@ -1,7 +1,7 @@
 """Taggers that stop early, on CoNLL-2003: F1 of spans against cost for SENTEE and TOKEE, beside dense and smaller students.
 
     python benchmarks/tagging.py [--runs=runs] [--rows=N] [--results=results]
-    python benchmarks/tagging.py --times [--budgets=0.5,0.33,0.25] [--documents=512] [--repeats=5]
+    python benchmarks/tagging.py --times [--budgets=0.5,0.33,0.25] [--documents=2048] [--repeats=5]
 
 One dense MiniLM-L6 a seed, which all start from (configs/prune.py): SENTEE's run trains all exits together, TOKEE's goes on
 from it with exits that it samples itself. Each is then set to budgets from 1.5 to 4 times fewer multiply-adds than dense on
@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import accuracy, report, serving, text_pruning, text_times, turns
 from benchmarks.studies import Row
 from benchmarks.trained import Trained
-from tokenprune_jax import serve, timing, workdir
+from tokenprune_jax import ladder, serve, timing, workdir
 
 DATASET = 'conll2003'
 SEEDS = (0, 1, 2)
@@ -243,10 +243,19 @@ def timed(study: Study, options: argparse.Namespace) -> None:
   chosen = np.random.default_rng(0).permutation(len(test))[: options.documents]
   requests = [{'ids': test.ids(int(i)), 'words': test.word_of[test.place(int(i))]} for i in chosen]
   rows = [request['ids'] for request in requests]
-  ladder = serve.Ladder().settled(max(map(len, rows)))
-  batches = serving.dense_batches(rows, ladder, plain.config.pad_id, text_times.SIZE)['bucketed']
+  longest = max(map(len, rows))
+  ladders = {
+    'bucketed': ladder.LENGTHS,
+    'bucketed_by_8': tuple(range(8, longest + 8, 8)),
+  }  # sentences are short
+  shapes = {
+    name: serving.dense_batches(
+      rows, ladder.Ladder(lengths).settled(longest), plain.config.pad_id, text_times.SIZE
+    )['bucketed']
+    for name, lengths in ladders.items()
+  }
   best = turns.fastest(
-    serving.dense_ways(plain, dense.params, {'bucketed': batches}, rows), options.repeats, options.allow_load
+    serving.dense_ways(plain, dense.params, shapes, rows), options.repeats, options.allow_load
   )
   assert best is not None
 
@@ -300,7 +309,7 @@ def main() -> None:
   parser.add_argument('--sentences', type=int, default=0, help='of each split, for a trial; 0: all')
   parser.add_argument('--times', action='store_true', help='measure throughput')
   parser.add_argument('--budgets', type=text_times.numbers, default=(0.5, 0.33, 0.25), help='that are timed')
-  parser.add_argument('--documents', type=int, default=512, help='that are timed')
+  parser.add_argument('--documents', type=int, default=2048, help='that are timed')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
   options = parser.parse_args()

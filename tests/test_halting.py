@@ -18,7 +18,9 @@ from tests.reference import (
 from tokenprune_jax import flops, segments, serve, stages, tasks, word_exit
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
+from tokenprune_jax.reducer import Inputs
 from tokenprune_jax.reducers import tokee
+from tokenprune_jax.tokens import Capacity
 
 LENGTHS = (14, 9, 5, 7)
 BATCH = ragged_batch(LENGTHS, 14)
@@ -70,6 +72,48 @@ def test_executors_agree_where_another_method_prunes_too():
   with serve.Server(model, params, ladder=LADDER) as server:
     for answer, expected, n in zip(server.map(requests(BATCH)), masked.logits, LENGTHS):
       close(answer.logits, expected[:n])
+
+
+@pytest.mark.parametrize('rows', [36, 24, 17, 1])
+def test_examples_may_share_the_rows_of_a_batch(rows):
+  model, params = model_and_params(TINY)
+  encoder = segments.make_encoder(model)
+  given = {'params': segments.encoder_params(params)}
+  arrays = {name: jnp.asarray(BATCH[name]) for name in ('ids', 'mask', 'types', 'words')}
+  inputs = Inputs(**arrays, controls={}, labels=3, encoder=TINY_CONFIG)
+  tokens, _ = encoder.apply(given, inputs, method='begin')
+  halted = np.random.default_rng(0).random(tokens.updated.shape) < [[0.9], [0.0], [0.3], [1.0]]
+  tokens = tokens.replace(updated=tokens.updated * ~halted)
+
+  def block(tokens):
+    def halves(encoder, tokens):
+      mixed, _, first = encoder.block['2'].attend(tokens, None, (), False)
+      fed, second = encoder.block['2'].feed_forward(mixed, False)
+      return fed.x, first | second
+
+    return encoder.apply(given, tokens, method=halves)
+
+  expected, _ = block(tokens)
+  found, overflow = block(tokens.replace(capacity=Capacity(batch_rows=rows)))
+  fits = rows >= np.asarray(tokens.updated).sum()
+  assert bool(overflow.any()) != fits
+  if fits:
+    close(found, expected)
+  else:  # the first that fit are computed, the others keep their states
+    kept = np.cumsum(np.asarray(tokens.updated).ravel()).reshape(halted.shape) <= rows
+    expected, _ = block(tokens.replace(updated=tokens.updated * kept))
+    close(np.asarray(found)[BATCH['mask']], np.asarray(expected)[BATCH['mask']])
+
+
+def test_a_served_batch_computes_no_more_rows_than_it_needs(monkeypatch):
+  model, params = model_and_params({**TINY, 'threshold': 0.0})
+  with serve.Server(model, params, ladder=serve.Ladder((16,), batch_tokens=64)) as server:
+    asked, program = [], server.programs.program
+    monkeypatch.setattr(
+      server.programs, 'program', lambda index, bucket: asked.append(bucket) or program(index, bucket)
+    )
+    answers = list(server.map(requests(ragged_batch((4,) * 8, 14))))
+  assert len(answers) == 8 and {(bucket.rows, bucket.together) for bucket in asked} == {(8, 2)}  # 32 of 128
 
 
 def test_words_that_are_left_are_gathered_into_capacities():

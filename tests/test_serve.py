@@ -223,6 +223,20 @@ def test_a_server_that_breaks_leaves_nobody_waiting(monkeypatch):
   server.close()
 
 
+@pytest.mark.parametrize('step', ['form', 'batch', 'worth'])
+def test_nobody_waits_for_what_breaks_before_it_starts(monkeypatch, step):
+  model, params = model_and_params({'name': 'none'})
+  server = serve.Server(model, params, ladder=LADDER)
+
+  def broken(*_):
+    raise RuntimeError('a defect')
+
+  monkeypatch.setattr(server, step, broken)
+  with pytest.raises(RuntimeError, match='a defect'):
+    server.submit([5, 6]).result(60)
+  server.close()
+
+
 def test_closing_answers_what_was_submitted():
   model, params = model_and_params({'name': 'none'})
   server = serve.Server(model, params, ladder=LADDER)
@@ -250,6 +264,20 @@ def test_a_ladder_that_is_none_is_refused(ladder, words):
     serve.Server(model, params, ladder=ladder)
   with pytest.raises(UserError, match='queue is 0'):
     serve.Server(model, params, queue=0)
+
+
+def test_examples_go_one_by_one_where_that_costs_less():
+  assert not serve.crowded(1, 64, 512) and serve.crowded(8, 64, 512)
+  assert serve.crowded(3, 64, 0.25 * 512) and not serve.crowded(3, 64, 512)
+  assert serve.crowded(1, 512, 512)  # a full batch, of one row
+
+
+def test_a_part_holds_the_count():
+  for total in (16, 60, 512):
+    for count in range(total + 1):
+      part = serve.part(count, total, 8)
+      assert (total if part is None else -(-part * total // 8)) >= count
+      assert part is None or part == 1 or (part - 1) * total / 8 < count
 
 
 def test_a_ladder_ends_with_the_model():

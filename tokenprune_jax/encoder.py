@@ -123,31 +123,43 @@ class RelativeBias(nn.Module):
 
 
 class Rows(NamedTuple):
-  """The slots whose state a half-block computes; place and kept are None where that is all of them."""
+  """The slots whose state a half-block computes; place and kept are None where that is all of them.
 
-  x: Array  # [b q d]
-  updated: Array  # [b q]
-  place: Array | None  # [b q]
-  kept: Array | None  # [b n]
+  Axis g is b, or 1 where the batch is one long row of m = b n slots (`together`); otherwise m = n.
+  """
+
+  x: Array  # [g q d]
+  updated: Array  # [g q]
+  place: Array | None  # [g q]
+  kept: Array | None  # [g m]
   overflow: Array  # [b] bool
+  together: bool = False
 
 
 def updated_rows(tokens: Tokens, compact: bool) -> Rows:
-  """The rows to compute: gathered into `capacity.rows` under the compact executor, else all."""
-  capacity = stream.room(tokens.capacity.rows, tokens.x.shape[1])
+  """The rows to compute: under the compact executor gathered into `capacity.rows` or `.batch_rows`, else all."""
+  b, n, d = tokens.x.shape
+  x, updated, score, wanted = tokens.x, tokens.updated, tokens.score, tokens.capacity.rows
+  together = tokens.capacity.batch_rows is not None
+  if together:
+    x, updated = x.reshape(1, b * n, d), updated.reshape(1, b * n)
+    score, wanted = None, tokens.capacity.batch_rows
+  capacity = stream.room(wanted, x.shape[1])
   if not compact or capacity is None:
-    return Rows(tokens.x, tokens.updated, None, None, jnp.zeros(tokens.x.shape[0], bool))
-  score = tokens.score.max(1) if tokens.score is not None and tokens.score.ndim == 3 else tokens.score
-  index, kept, overflow = stream.select(tokens.updated > 0, capacity, score)
-  updated = jnp.take_along_axis(jnp.where(kept, tokens.updated, 0), index, axis=1)
-  return Rows(stream.gather_rows(tokens.x, index, kept), updated, index, kept, overflow)
+    return Rows(tokens.x, tokens.updated, None, None, jnp.zeros(b, bool))
+  score = score.max(1) if score is not None and score.ndim == 3 else score
+  index, kept, overflow = stream.select(updated > 0, capacity, score)
+  updated = jnp.take_along_axis(jnp.where(kept, updated, 0), index, axis=1)
+  overflow = jnp.broadcast_to(overflow, b)
+  return Rows(stream.gather_rows(x, index, kept), updated, index, kept, overflow, together)
 
 
-def put_back(tokens: Tokens, rows: Rows, x: Float[Array, 'b q d']) -> Float[Array, 'b n d']:
+def put_back(tokens: Tokens, rows: Rows, x: Float[Array, 'g q d']) -> Float[Array, 'b n d']:
   """The stream's states with the computed rows in their slots; all others keep theirs."""
   if rows.kept is None:
     return x
-  return jnp.where(rows.kept[..., None], stream.spread(x, rows.kept), tokens.x)
+  placed, shape = stream.spread(x, rows.kept), tokens.x.shape
+  return jnp.where(rows.kept.reshape(*shape[:2], 1), placed.reshape(shape), tokens.x)
 
 
 def pick_bias(bias, queries: Array | None, keys: Array | None):
@@ -204,7 +216,7 @@ class Block(nn.Module):
     self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool
   ) -> tuple[Tokens, Evidence, Array]:
     """The first half. Returns (tokens, evidence, overflow [b])."""
-    rows = group_rows(self.config.group_slots, tokens.x.shape, train)
+    rows = group_rows(self.config.group_slots, tokens, train)
     if rows < tokens.x.shape[0]:
       x, evidence, overflow = in_groups(
         lambda block, *given: block.mixed(*given, reads, train), self, tokens, bias, rows
@@ -225,21 +237,28 @@ class Block(nn.Module):
       seen, index, kept = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None], None, None
       overflow = jnp.zeros(tokens.x.shape[0], bool)
     else:
-      query = self.heads(self.query(rows.x))
+      query = self.query(rows.x)
+      if rows.together and rows.kept is not None:  # each example attends to its own keys, in its own slots
+        query = stream.spread(query, rows.kept).reshape(tokens.x.shape)
+      query = self.heads(query)
       key, value, seen, index, kept, overflow = self.keys_and_values(tokens)
+    asked, place = (tokens.updated, None) if rows.together else (rows.updated, rows.place)
     dropout = self.config.attention_dropout if train else 0.0
     mixed, found = attention.mix(
-      self.scaled(query, rows.updated[:, None]),
+      self.scaled(query, asked[:, None]),
       self.scaled(key, seen),
       self.scaled(value, seen),
       seen,
-      rows.updated,
-      pick_bias(bias, rows.place, index),
+      asked,
+      pick_bias(bias, place, index),
       self.make_rng('dropout') if dropout else None,
       attention.Mixing(reads, bool(self.soft), dropout, self.config.kernel),
-      own_places(rows.place, index, tokens.x.shape[1]) if 'own' in reads else None,
+      own_places(place, index, tokens.x.shape[1]) if 'own' in reads else None,
     )
-    change = self.drop(self.out(mixed.swapaxes(1, 2).reshape(rows.x.shape)), train)
+    mixed = mixed.swapaxes(1, 2)
+    if rows.together and rows.kept is not None:
+      mixed = stream.gather_rows(mixed.reshape(*rows.kept.shape, -1), rows.place, rows.kept)
+    change = self.drop(self.out(mixed.reshape(rows.x.shape)), train)
     x = self.residual(rows, change, self.attention_norm)
     return put_back(tokens, rows, x), in_stream(found, kept), overflow | rows.overflow
 
@@ -267,7 +286,7 @@ class Block(nn.Module):
 
   def feed_forward(self, tokens: Tokens, train: bool) -> tuple[Tokens, Array]:
     """The second half. Returns (tokens, overflow [b])."""
-    rows = group_rows(self.config.group_slots, tokens.x.shape, train)
+    rows = group_rows(self.config.group_slots, tokens, train)
     if rows < tokens.x.shape[0]:
       x, overflow = in_groups(
         lambda block, given, _: block.fed_forward(given, train), self, tokens, None, rows

@@ -12,6 +12,10 @@ LENGTHS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 BATCH_TOKENS = {'cpu': 512}  # slots of a full batch; on a CPU a larger one leaves the cache
 MANY_TOKENS = 16384  # on an accelerator
 QUARTERS = 4  # capacities of keys and rows in a bucket, where a slot may be updated and not seen
+HALF = QUARTERS // 2
+OVERHEAD = 100  # slots that would take as long as starting a program does: measured on 2 cores, MiniLM-L6
+EIGHTHS = 8  # capacities of all rows of a batch together
+SHORT = 128  # slots up to which they are gathered together: attention, which is then computed for all, is cheap there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,12 @@ class Ladder:
     return max(1, self.batch_tokens // max(slots, self.lengths[0]))
 
 
-def crowded(count: int, rows: int) -> bool:
-  """Whether `count` examples are cheaper in a batch of `rows` than one by one."""
-  return 2 * count > rows
+def crowded(count: int, slots: int, batch_slots: int | float) -> bool:
+  """Whether `count` examples of so many slots are cheaper in one batch of `batch_slots` than one by one."""
+  return count * (OVERHEAD + slots) >= OVERHEAD + batch_slots
 
 
-def quarter(count: int, total: int) -> int | None:
-  """The quarter of `total` slots that holds `count`, 1 to 3; None: no fewer than all of them."""
-  share = max(math.ceil(count * QUARTERS / total), 1)
-  return share if share < QUARTERS else None
+def part(count: int, total: int, parts: int) -> int | None:
+  """How many of `parts` equal parts of `total` slots hold `count`, from 1; None: no fewer than all of them."""
+  share = max(math.ceil(count * parts / total), 1)
+  return share if share < parts else None

@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from tokenprune_jax import flops
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder, overheads
-from tokenprune_jax.ladder import QUARTERS
+from tokenprune_jax.ladder import EIGHTHS, QUARTERS
 from tokenprune_jax.models import Classifier, Head, answered, encoder_of
 from tokenprune_jax.reducer import Half, Inputs, Memory, read_out
 from tokenprune_jax.tokens import Capacity, Tokens
@@ -35,7 +35,8 @@ class Bucket(NamedTuple):
   """The static shapes of a program: rows, and input slots of each; added ones come on top.
 
   keys, updated: quarters of the slots that the program gathers keys and rows into; None: it gathers none. length: N, the
-  places of what is kept by input position; 0: as many as the longest request has.
+  places of what is kept by input position; 0: as many as the longest request has. together: in place of `updated`, eighths
+  of the slots of all rows.
   """
 
   rows: int
@@ -43,13 +44,17 @@ class Bucket(NamedTuple):
   keys: int | None = None
   updated: int | None = None
   length: int = 0
+  together: int | None = None
 
   def capacity(self, added: int) -> Capacity:
-    """The quarters in slots."""
+    """The parts in slots."""
     total = self.slots + added
-    return Capacity(
-      *(None if share is None else -(-share * total // QUARTERS) for share in (self.keys, self.updated))
-    )
+
+    def slots(share, parts, total):
+      return None if share is None else -(-share * total // parts)
+
+    keys, rows = (slots(share, QUARTERS, total) for share in (self.keys, self.updated))
+    return Capacity(keys, rows, batch_rows=slots(self.together, EIGHTHS, self.rows * total))
 
 
 class Segment(NamedTuple):
@@ -97,11 +102,11 @@ def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
   return {**params['encoder'], **({'reducer': params['reducer']} if 'reducer' in params else {})}
 
 
-def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, Any], given: Any):
+def run(model: Classifier, bucket: Bucket, segment: Segment, params: Mapping[str, Any], given: Any):
   """One segment: (State or None at the end, Report).
 
   given: a State, for the first segment a batch (ids, mask, types and, where the method asks for them, words [b n], controls
-  {name: [b]}). length: N.
+  {name: [b]}).
   """
   encoder = make_encoder(model)
 
@@ -119,9 +124,11 @@ def run(model: Classifier, length: int, segment: Segment, params: Mapping[str, A
       model.readout == 'cls',
       given.get('words'),
     )
-    tokens, memory = call('begin', inputs, False, length)
+    tokens, memory = call('begin', inputs, False, bucket.length)
   else:
     tokens, memory = given
+  if not segment.first or bucket.together is not None:
+    tokens = tokens.replace(capacity=bucket.capacity(tokens.added))
   tokens, memory, counts = call('segment', tokens, memory, segment.halves)
   b = tokens.x.shape[0]
   exited = memory.get('exited', jnp.zeros(b, bool))
@@ -187,7 +194,7 @@ def room_for(source: State, bucket: Bucket) -> State:
     shape[0], shape[axis] = bucket.rows, bucket.slots + source.tokens.added
     return jnp.zeros(shape, field.dtype)
 
-  tokens = stream.slotwise(resized, source.tokens).replace(capacity=bucket.capacity(source.tokens.added))
+  tokens = stream.slotwise(resized, source.tokens)
   return State(tokens, jax.tree.map(lambda x: jnp.zeros((bucket.rows, *x.shape[1:]), x.dtype), source.memory))
 
 
@@ -210,12 +217,12 @@ class Programs:
     """Programs compiled so far."""
     return len(self.by_code) + len(self.moves)
 
-  def function(self, index: int, length: int) -> Callable:
-    """`run` of a segment, with parameters as a list in the order of `used`. length: N, 0 as in a bucket."""
-    names, places = self.used[index], length or self.length
+  def function(self, index: int, bucket: Bucket) -> Callable:
+    """`run` of a segment, with parameters as a list in the order of `used`."""
+    names, bucket = self.used[index], bucket._replace(length=bucket.length or self.length)
 
     def called(leaves, given):
-      return run(self.model, places, self.segments[index], unflatten_dict(dict(zip(names, leaves))), given)
+      return run(self.model, bucket, self.segments[index], unflatten_dict(dict(zip(names, leaves))), given)
 
     return called
 
@@ -253,11 +260,11 @@ class Programs:
       names = list(self.leaves)
       leaves = [self.leaves[name] for name in names]
       self.used[index] = names
-      jaxpr = jax.make_jaxpr(self.function(index, bucket.length))(leaves, given).jaxpr
+      jaxpr = jax.make_jaxpr(self.function(index, bucket))(leaves, given).jaxpr
       place = {id(variable): i for i, variable in enumerate(jaxpr.invars[: len(names)])}
       read = [id(variable) for equation in jaxpr.eqns for variable in equation.invars]
       self.used[index] = [names[place[key]] for key in dict.fromkeys(read) if key in place]
-    return self.function(index, bucket.length)
+    return self.function(index, bucket)
 
   def program(self, index: int, bucket: Bucket) -> Callable:
     """The compiled segment of a bucket, a function of what `shapes` describes."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from tokenprune_jax import flops
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.ladder import QUARTERS, Ladder, crowded, quarter
+from tokenprune_jax.ladder import EIGHTHS, HALF, QUARTERS, SHORT, Ladder, crowded, part
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.request import Answer, Reader, Request
 from tokenprune_jax.segments import Bucket, Programs, Report, State
@@ -42,12 +42,13 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass
 class Pool:
-  """Rows that wait for one program, since so many batches were started."""
+  """Rows that wait for one program, since so many batches were started. updated: slots of each that are."""
 
   place: Place
   state: Any
   requests: list[Request]
   since: int = 0
+  updated: list[int] = dataclasses.field(default_factory=list)
 
 
 class Started(NamedTuple):
@@ -86,13 +87,14 @@ class Server:
     self.labels = tuple(labels)
     self.words, self.shortens = model.reducer.needs_words(), model.reducer.shortens()
     # What is kept of each token is kept by its place in the input: then examples share a pool with their like.
-    self.apart = model.readout == 'tokens' or not self.shortens
+    self.by_length = model.readout == 'tokens' or not self.shortens
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
     self.waiting: collections.deque[Request] = collections.deque()
     self.pools: dict[Place, Pool] = {}  # none of them full; the oldest first
     self.full: list[Pool] = []
     self.started: collections.deque[Started] = collections.deque()
+    self.hand: list[Request] = []  # about to start
     self.batches = 0  # started so far
     self.changed = threading.Condition()  # guards `waiting` and `closed`; the rest is the thread's own
     self.closed = False
@@ -157,8 +159,8 @@ class Server:
     """Compiles every program that a request can need; returns how many there are."""
     for index in range(len(self.programs.segments)):
       for bucket in self.buckets(index):
-        for rows in {1, bucket.rows}:
-          self.programs.program(index, bucket._replace(rows=rows))
+        for form in self.forms(index, bucket):
+          self.programs.program(index, form)
         if index and bucket.rows > 1:
           self.alone(Pool(Place(index, bucket), self.programs.room(index, bucket), []), 0)
       if index:
@@ -181,9 +183,13 @@ class Server:
     self.close(cancel=error is not None)
 
   # ------------------------------------------------------------------------------------------------ Shapes
+  def rows(self, slots: int) -> int:
+    """Rows of a full batch: twice as many where about half of the slots are computed."""
+    return self.ladder.rows(slots) * (2 if self.together(slots) else 1)
+
   def entry(self, slots: int) -> Bucket:
     """The full bucket of requests that need so many slots."""
-    return Bucket(self.ladder.rows(slots), slots, length=slots if self.apart else 0)
+    return Bucket(self.rows(slots), slots, length=slots if self.by_length else 0)
 
   def buckets(self, index: int) -> list[Bucket]:
     """All full buckets that a segment may get."""
@@ -191,11 +197,47 @@ class Server:
     if index == 0:
       return entries
     return [
-      Bucket(self.ladder.rows(slots), slots, *shares, length)
+      Bucket(self.rows(slots), slots, *shares, length)
       for length in dict.fromkeys(bucket.length for bucket in entries)
       for slots in self.left(index, length)
-      for shares in self.shares()
+      for shares in self.shares(slots)
     ]
+
+  def together(self, slots: int) -> bool:
+    """Whether batches of so many slots gather the rows of all examples together, so that any may share them."""
+    apart = self.model.reducer.separates()
+    return 'rows' in apart and slots <= SHORT and self.ladder.rows(slots) > 1
+
+  def forms(self, index: int, bucket: Bucket) -> list[Bucket]:
+    """What a segment's programs are compiled for, of a full bucket: all of its rows, or one."""
+    alone = bucket._replace(rows=1)
+    if not self.together(bucket.slots):
+      return list(dict.fromkeys((alone, bucket)))
+    return [
+      *(bucket._replace(together=share) for share in (None, *range(1, EIGHTHS))),
+      *(alone._replace(updated=share) for share in ((None, HALF) if index else (None,))),
+    ]
+
+  def form(self, place: Place, updated: Sequence[int]) -> Place:
+    """The program for examples of a bucket of which so many slots are updated; of requests, so many tokens."""
+    index, bucket = place
+    if not self.together(bucket.slots):
+      return place
+    added = self.programs.result(max(index - 1, 0)).tokens.added
+    total = bucket.slots + added
+    if bucket.rows > 1:
+      count = sum(updated) + (0 if index else added * len(updated))
+      bucket = bucket._replace(together=part(count, bucket.rows * total, EIGHTHS))
+    elif index and 2 * updated[0] <= total:
+      bucket = bucket._replace(updated=HALF)
+    return Place(index, bucket)
+
+  def worth(self, place: Place, requests: Sequence[Request]) -> bool:
+    """Whether requests go as one batch of a program, rather than one by one."""
+    rows, slots, together = place.bucket.rows, place.bucket.slots, place.bucket.together
+    # What is of all slots (keys, values, attention) takes about a quarter of a whole block's time.
+    share = 1.0 if together is None else (1 + 3 * together / EIGHTHS) / 4
+    return crowded(len(requests), slots, share * rows * slots)
 
   def left(self, index: int, length: int) -> tuple[int, ...]:
     """Input slots that a segment may get of examples of a length (0: of any); 0 alone where all were combined."""
@@ -205,10 +247,14 @@ class Server:
       return (length,)
     return tuple(slots for slots in self.ladder.lengths if slots <= (length or slots))
 
-  def shares(self) -> list[tuple[int | None, int | None]]:
-    """Quarters of keys and rows that may be left."""
-    apart = self.model.reducer.separates()
-    keys, updated = ([None, *range(1, QUARTERS)] if name in apart else [None] for name in ('keys', 'rows'))
+  def apart(self, slots: int) -> set[str]:
+    """Of which of 'keys' and 'rows' examples that share a pool have the same quarter."""
+    return set(self.model.reducer.separates()) - ({'rows'} if self.together(slots) else set())
+
+  def shares(self, slots: int) -> list[tuple[int | None, int | None]]:
+    """The quarters of keys and rows by which pools differ."""
+    names = self.apart(slots)
+    keys, updated = ([None, *range(1, QUARTERS)] if name in names else [None] for name in ('keys', 'rows'))
     return list(itertools.product(keys, updated))
 
   def precompile_moves(self, index: int) -> None:
@@ -217,7 +263,7 @@ class Server:
       for slots in self.left(index - 1, target.length):
         before = slots if self.programs.has_inputs(index - 1) else 0
         if target.slots <= before:
-          for rows in {1, self.ladder.rows(slots)}:
+          for rows in {1, self.rows(slots)}:
             source = self.programs.room(index, Bucket(rows, before, length=target.length))
             self.programs.move(self.programs.room(index, target), source, np.zeros(target.rows, np.int32))
 
@@ -225,10 +271,10 @@ class Server:
     """Where a row goes after the segment that ran at `place`."""
     index, length = place.segment, place.bucket.length
     slots = self.ladder.slots(max(int(report.live[row]), 1)) if self.programs.has_inputs(index) else 0
-    total, apart = slots + self.programs.result(index).tokens.added, self.model.reducer.separates()
-    keys = quarter(int(report.widest[row]), total) if 'keys' in apart else None
-    updated = quarter(int(report.updated[row]), total) if 'rows' in apart else None
-    return Bucket(self.ladder.rows(slots), slots, keys, updated, length)
+    total, apart = slots + self.programs.result(index).tokens.added, self.apart(slots)
+    keys = part(int(report.widest[row]), total, QUARTERS) if 'keys' in apart else None
+    updated = part(int(report.updated[row]), total, QUARTERS) if 'rows' in apart else None
+    return Bucket(self.rows(slots), slots, keys, updated, length)
 
   # ------------------------------------------------------------------------------------------------ The loop
   def loop(self) -> None:
@@ -239,7 +285,7 @@ class Server:
       with self.changed:
         self.closed = True
         pools: list[Pool | Started] = [*self.pools.values(), *self.full, *self.started]
-        fail([*self.waiting, *(request for pool in pools for request in pool.requests)], error)
+        fail([*self.waiting, *self.hand, *(request for pool in pools for request in pool.requests)], error)
         self.changed.notify_all()
 
   def work(self) -> None:
@@ -261,6 +307,7 @@ class Server:
         self.full.sort(key=lambda pool: pool.place.segment)
         self.run(self.full.pop())
       elif admitted:
+        self.hand = admitted
         self.begin(admitted)
       elif self.started:
         self.settle(self.started.popleft())
@@ -281,9 +328,9 @@ class Server:
     for request in self.waiting:
       slots = self.ladder.slots(len(request.ids))
       group = groups.setdefault(slots, [])
-      if len(group) < self.ladder.rows(slots):
+      if len(group) < self.rows(slots):
         group.append(request)
-      if whole and len(group) == self.ladder.rows(slots):
+      if whole and len(group) == self.rows(slots):
         chosen = group
         break
     if not whole:
@@ -298,8 +345,9 @@ class Server:
     """Starts the first segment."""
     slots = self.ladder.slots(max(len(request.ids) for request in requests))
     bucket = self.entry(slots)
-    if crowded(len(requests), bucket.rows):
-      self.start(Place(0, bucket), self.batch(requests, bucket), requests)
+    place = self.form(Place(0, bucket), [len(request.ids) for request in requests])
+    if self.worth(place, requests):
+      self.start(place, self.batch(requests, bucket), requests)
       return
     for request in requests:
       alone = bucket._replace(rows=1)
@@ -322,12 +370,14 @@ class Server:
 
   def run(self, pool: Pool) -> None:
     """Starts a pool's program; where most of its rows are empty, one row at a time."""
-    if crowded(len(pool.requests), pool.place.bucket.rows):
-      self.start(pool.place, pool.state, pool.requests)
+    self.hand = pool.requests
+    place = self.form(pool.place, pool.updated)
+    if self.worth(place, pool.requests):
+      self.start(place, pool.state, pool.requests)
       return
     for row, request in enumerate(pool.requests):
       place = pool.place._replace(bucket=pool.place.bucket._replace(rows=1))
-      self.start(place, self.alone(pool, row), [request])
+      self.start(self.form(place, pool.updated[row : row + 1]), self.alone(pool, row), [request])
 
   def alone(self, pool: Pool, row: int) -> State:
     """One row of a pool."""
@@ -347,6 +397,7 @@ class Server:
     """Reads what a segment found: finished examples are answered, the others go into the pools of the next one."""
     try:
       report = jax.device_get(batch.report)
+      batch = batch._replace(report=report)
       segment = self.programs.segments[batch.place.segment]
       blocks = sum(half.attention for half in segment.halves)
       going: dict[Bucket, list[int]] = {}
@@ -372,6 +423,7 @@ class Server:
       which[len(pool.requests) :][: len(rows)] = rows[:room]
       pool.state = self.programs.move(pool.state, batch.state, which)
       pool.requests += [batch.requests[row] for row in rows[:room]]
+      pool.updated += [int(batch.report.updated[row]) for row in rows[:room]]
       rows = rows[room:]
       if len(pool.requests) == place.bucket.rows:
         self.pools.pop(place, None)

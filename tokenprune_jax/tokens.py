@@ -21,12 +21,14 @@ class Capacity(NamedTuple):
   """Static numbers of slots that survivors fit into; None = not known, keep them all.
 
   keys: key/value slots of one head in the next attention. rows: slots whose state the next blocks update.
-  slots: slots of the whole stream (a slot that is neither seen nor updated may leave).
+  slots: slots of the whole stream (a slot that is neither seen nor updated may leave). batch_rows: in place of `rows`, for
+  all examples of the batch together, however they share them.
   """
 
   keys: int | None = None
   rows: int | None = None
   slots: int | None = None
+  batch_rows: int | None = None
 
 
 class Tokens(struct.PyTreeNode):
