@@ -201,12 +201,27 @@ def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch):
   monkeypatch.setattr(measure, 'quiet', lambda _: 0.0)
   given = ['text_times.py', '--datasets=sst2', '--budgets=0.4', '--repeats=1', f'--results={tmp_path}']
   monkeypatch.setattr(sys, 'argv', [*given, f'--runs={tmp_path}/runs'])
+  write = text_times.write
+
+  def times():
+    rows = json.loads((tmp_path / 'text_pruning.json').read_text())['rows']
+    return {(row['name'], row['budget']): row['time'] for row in rows if row.get('time')}
+
+  def stopped(study, point, *rest):
+    if point['name'] == 'topk':
+      raise KeyboardInterrupt
+    write(study, point, *rest)
+
+  monkeypatch.setattr(text_times, 'write', stopped)
+  with pytest.raises(KeyboardInterrupt):
+    text_times.main()
+  assert set(times()) == {('dense', None)}  # what was taken outlives the stop
+  monkeypatch.setattr(text_times, 'write', write)
   text_times.main()
-  rows = json.loads((tmp_path / 'text_pruning.json').read_text())['rows']
-  times = {(row['name'], row['budget']): row['time'] for row in rows if row.get('time')}
-  assert set(times) == {('dense', None), ('topk', None), ('topk', 0.4), ('ltp', None), ('ltp', 0.4)}
-  assert all(time['documents'] == 3 and time['efficiency'] > 0 for time in times.values())
-  assert times['dense', None]['time_ratio'] == 1.0 and times['topk', None]['mac_ratio'] < 1
+  found = times()
+  assert set(found) == {('dense', None), ('topk', None), ('topk', 0.4), ('ltp', None), ('ltp', 0.4)}
+  assert all(time['documents'] == 3 and time['efficiency'] > 0 for time in found.values())
+  assert found['dense', None]['time_ratio'] == 1.0 and found['topk', None]['mac_ratio'] < 1
   assert 'sst2_time.png' in (tmp_path / 'text_pruning.md').read_text()
   assert (tmp_path / 'text_pruning_sst2_time.png').stat().st_size > 10_000
   before = json.loads((tmp_path / 'text_pruning.json').read_text())
