@@ -23,7 +23,7 @@ import numpy as np
 
 from tokenprune_jax import flops
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.ladder import EIGHTHS, HALF, QUARTERS, SHORT, Ladder, crowded, part
+from tokenprune_jax.ladder import COARSE, EIGHTHS, HALF, LENGTHS, QUARTERS, SHORT, Ladder, crowded, part
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.request import Answer, Reader, Request
 from tokenprune_jax.segments import Bucket, Programs, Report, State
@@ -83,9 +83,13 @@ class Server:
     if queue < 1:
       raise UserError(f'queue is {queue}; it is how many requests may wait, 1 or more.')
     config, controls = model.config, dict(controls or {})
-    self.model, self.queue, self.ladder = model, queue, (ladder or Ladder()).settled(config.max_length)
     self.labels = tuple(labels)
     self.words, self.shortens = model.reducer.needs_words(), model.reducer.shortens()
+    self.halts = 'rows' in model.reducer.separates()
+    # Rows are gathered where slots stay that are not updated: of words that halt, or the padding of short sentences.
+    self.gathers = self.halts or (model.readout == 'tokens' and not self.shortens)
+    self.model, self.queue = model, queue
+    self.ladder = (ladder or Ladder(COARSE if self.gathers else LENGTHS)).settled(config.max_length)
     # What is kept of each token is kept by its place in the input: then examples share a pool with their like.
     self.by_length = model.readout == 'tokens' or not self.shortens
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
@@ -205,8 +209,7 @@ class Server:
 
   def together(self, slots: int) -> bool:
     """Whether batches of so many slots gather the rows of all examples together, so that any may share them."""
-    apart = self.model.reducer.separates()
-    return 'rows' in apart and slots <= SHORT and self.ladder.rows(slots) > 1
+    return self.gathers and slots <= SHORT and self.ladder.rows(slots) > 1
 
   def forms(self, index: int, bucket: Bucket) -> list[Bucket]:
     """What a segment's programs are compiled for, of a full bucket: all of its rows, or one."""
@@ -215,7 +218,7 @@ class Server:
       return list(dict.fromkeys((alone, bucket)))
     return [
       *(bucket._replace(together=share) for share in (None, *range(1, EIGHTHS))),
-      *(alone._replace(updated=share) for share in ((None, HALF) if index else (None,))),
+      *(alone._replace(updated=share) for share in ((None, HALF) if index and self.halts else (None,))),
     ]
 
   def form(self, place: Place, updated: Sequence[int]) -> Place:
@@ -228,7 +231,7 @@ class Server:
     if bucket.rows > 1:
       count = sum(updated) + (0 if index else added * len(updated))
       bucket = bucket._replace(together=part(count, bucket.rows * total, EIGHTHS))
-    elif index and 2 * updated[0] <= total:
+    elif index and self.halts and 2 * updated[0] <= total:
       bucket = bucket._replace(updated=HALF)
     return Place(index, bucket)
 

@@ -230,7 +230,7 @@ class Method(Reducer):
     return False
 
   def separates(self) -> tuple[str, ...]:
-    return ('rows',)  # where whole sentences exit, all rows but padding
+    return ('rows',) if self.level == 'token' else ()
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     b, n = inputs.ids.shape[0], tokens.length
