@@ -113,7 +113,7 @@ def test_a_served_batch_computes_no_more_rows_than_it_needs(monkeypatch):
       server.programs, 'program', lambda index, bucket: asked.append(bucket) or program(index, bucket)
     )
     answers = list(server.map(requests(ragged_batch((4,) * 8, 14))))
-  assert len(answers) == 8 and {(bucket.rows, bucket.together) for bucket in asked} == {(8, 2)}  # 32 of 128
+  assert len(answers) == 8 and {(bucket.rows, bucket.together) for bucket in asked} == {(8, 1)}  # 32 of 128
 
 
 def test_words_that_are_left_are_gathered_into_capacities():

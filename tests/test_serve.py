@@ -272,12 +272,12 @@ def test_examples_go_one_by_one_where_that_costs_less():
   assert serve.crowded(1, 512, 512)  # a full batch, of one row
 
 
-def test_a_part_holds_the_count():
+def test_a_quarter_holds_the_count():
   for total in (16, 60, 512):
     for count in range(total + 1):
-      part = serve.part(count, total, 8)
-      assert (total if part is None else -(-part * total // 8)) >= count
-      assert part is None or part == 1 or (part - 1) * total / 8 < count
+      share = serve.quarter(count, total)
+      assert (total if share is None else -(-share * total // 4)) >= count
+      assert share in (None, 1) or (share - 1) * total / 4 < count
 
 
 def test_a_ladder_ends_with_the_model():

@@ -15,8 +15,7 @@ MANY_TOKENS = 16384  # on an accelerator
 QUARTERS = 4  # capacities of keys and rows in a bucket, where a slot may be updated and not seen
 HALF = QUARTERS // 2
 OVERHEAD = 100  # slots that would take as long as starting a program does: measured on 2 cores, MiniLM-L6
-EIGHTHS = 8  # capacities of all rows of a batch together
-SHORT = 128  # slots up to which they are gathered together: attention, which is then computed for all, is cheap there
+SHORT = 128  # slots up to which rows are gathered from a whole batch: attention, then computed for all, is cheap there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ def crowded(count: int, slots: int, batch_slots: int | float) -> bool:
   return count * (OVERHEAD + slots) >= OVERHEAD + batch_slots
 
 
-def part(count: int, total: int, parts: int) -> int | None:
-  """How many of `parts` equal parts of `total` slots hold `count`, from 1; None: no fewer than all of them."""
-  share = max(math.ceil(count * parts / total), 1)
-  return share if share < parts else None
+def quarter(count: int, total: int) -> int | None:
+  """The quarter of `total` slots that holds `count`, 1 to 3; None: no fewer than all of them."""
+  share = max(math.ceil(count * QUARTERS / total), 1)
+  return share if share < QUARTERS else None

@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from tokenprune_jax import flops
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder, overheads
-from tokenprune_jax.ladder import EIGHTHS, QUARTERS
+from tokenprune_jax.ladder import QUARTERS
 from tokenprune_jax.models import Classifier, Head, answered, encoder_of
 from tokenprune_jax.reducer import Half, Inputs, Memory, read_out
 from tokenprune_jax.tokens import Capacity, Tokens
@@ -35,7 +35,7 @@ class Bucket(NamedTuple):
   """The static shapes of a program: rows, and input slots of each; added ones come on top.
 
   keys, updated: quarters of the slots that the program gathers keys and rows into; None: it gathers none. length: N, the
-  places of what is kept by input position; 0: as many as the longest request has. together: in place of `updated`, eighths
+  places of what is kept by input position; 0: as many as the longest request has. together: in place of `updated`, quarters
   of the slots of all rows.
   """
 
@@ -50,11 +50,11 @@ class Bucket(NamedTuple):
     """The parts in slots."""
     total = self.slots + added
 
-    def slots(share, parts, total):
-      return None if share is None else -(-share * total // parts)
+    def slots(share, total):
+      return None if share is None else -(-share * total // QUARTERS)
 
-    keys, rows = (slots(share, QUARTERS, total) for share in (self.keys, self.updated))
-    return Capacity(keys, rows, batch_rows=slots(self.together, EIGHTHS, self.rows * total))
+    keys, rows = slots(self.keys, total), slots(self.updated, total)
+    return Capacity(keys, rows, batch_rows=slots(self.together, self.rows * total))
 
 
 class Segment(NamedTuple):

@@ -23,7 +23,7 @@ import numpy as np
 
 from tokenprune_jax import flops
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.ladder import COARSE, EIGHTHS, HALF, LENGTHS, QUARTERS, SHORT, Ladder, crowded, part
+from tokenprune_jax.ladder import COARSE, HALF, LENGTHS, QUARTERS, SHORT, Ladder, crowded, quarter
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.request import Answer, Reader, Request
 from tokenprune_jax.segments import Bucket, Programs, Report, State
@@ -217,7 +217,7 @@ class Server:
     if not self.together(bucket.slots):
       return list(dict.fromkeys((alone, bucket)))
     return [
-      *(bucket._replace(together=share) for share in (None, *range(1, EIGHTHS))),
+      *(bucket._replace(together=share) for share in (None, *range(1, QUARTERS))),
       *(alone._replace(updated=share) for share in ((None, HALF) if index and self.halts else (None,))),
     ]
 
@@ -230,7 +230,7 @@ class Server:
     total = bucket.slots + added
     if bucket.rows > 1:
       count = sum(updated) + (0 if index else added * len(updated))
-      bucket = bucket._replace(together=part(count, bucket.rows * total, EIGHTHS))
+      bucket = bucket._replace(together=quarter(count, bucket.rows * total))
     elif index and self.halts and 2 * updated[0] <= total:
       bucket = bucket._replace(updated=HALF)
     return Place(index, bucket)
@@ -239,7 +239,7 @@ class Server:
     """Whether requests go as one batch of a program, rather than one by one."""
     rows, slots, together = place.bucket.rows, place.bucket.slots, place.bucket.together
     # What is of all slots (keys, values, attention) takes about a quarter of a whole block's time.
-    share = 1.0 if together is None else (1 + 3 * together / EIGHTHS) / 4
+    share = 1.0 if together is None else (1 + 3 * together / QUARTERS) / 4
     return crowded(len(requests), slots, share * rows * slots)
 
   def left(self, index: int, length: int) -> tuple[int, ...]:
@@ -275,8 +275,8 @@ class Server:
     index, length = place.segment, place.bucket.length
     slots = self.ladder.slots(max(int(report.live[row]), 1)) if self.programs.has_inputs(index) else 0
     total, apart = slots + self.programs.result(index).tokens.added, self.apart(slots)
-    keys = part(int(report.widest[row]), total, QUARTERS) if 'keys' in apart else None
-    updated = part(int(report.updated[row]), total, QUARTERS) if 'rows' in apart else None
+    keys = quarter(int(report.widest[row]), total) if 'keys' in apart else None
+    updated = quarter(int(report.updated[row]), total) if 'rows' in apart else None
     return Bucket(self.rows(slots), slots, keys, updated, length)
 
   # ------------------------------------------------------------------------------------------------ The loop
