@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenprune_jax import flops
+from tokenprune_jax import flops, segments
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.ladder import COARSE, HALF, LENGTHS, QUARTERS, SHORT, Ladder, crowded, quarter
 from tokenprune_jax.models import Classifier
@@ -87,7 +87,8 @@ class Server:
     self.words, self.shortens = model.reducer.needs_words(), model.reducer.shortens()
     self.halts = 'rows' in model.reducer.separates()
     # Rows are gathered where slots stay that are not updated: of words that halt, or the padding of short sentences.
-    self.gathers = self.halts or (model.readout == 'tokens' and not self.shortens)
+    stays = self.halts or (model.readout == 'tokens' and not self.shortens)
+    self.gathers = stays and len(segments.cut(model)) > 1
     self.model, self.queue = model, queue
     self.ladder = (ladder or Ladder(COARSE if self.gathers else LENGTHS)).settled(config.max_length)
     # What is kept of each token is kept by its place in the input: then examples share a pool with their like.
