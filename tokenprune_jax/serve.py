@@ -90,7 +90,9 @@ class Server:
     stays = self.halts or (model.readout == 'tokens' and not self.shortens)
     self.gathers = stays and len(segments.cut(model)) > 1
     self.model, self.queue = model, queue
-    self.ladder = (ladder or Ladder(COARSE if self.gathers and self.words else LENGTHS)).settled(config.max_length)
+    self.ladder = (ladder or Ladder(COARSE if self.gathers and self.words else LENGTHS)).settled(
+      config.max_length
+    )
     # What is kept of each token is kept by its place in the input: then examples share a pool with their like.
     self.by_length = model.readout == 'tokens' or not self.shortens
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
