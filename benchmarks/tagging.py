@@ -228,6 +228,18 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, lab
 
 
 # -------------------------------------------------------------------------------------------------------- Times
+def dense_batches(rows: Sequence[Any], pad: int) -> dict[str, list[dict]]:
+  """Sentences in batches by length, as the other studies make them and in finer steps, since they are short."""
+  longest = max(map(len, rows))
+  steps = {'bucketed': ladder.LENGTHS, 'bucketed_by_8': tuple(range(8, longest + 8, 8))}
+  return {
+    name: serving.dense_batches(rows, ladder.Ladder(lengths).settled(longest), pad, text_times.SIZE)[
+      'bucketed'
+    ]
+    for name, lengths in steps.items()
+  }
+
+
 def timed(study: Study, options: argparse.Namespace) -> None:
   """Writes times into the points of seed 0."""
   found = {
@@ -243,20 +255,8 @@ def timed(study: Study, options: argparse.Namespace) -> None:
   chosen = np.random.default_rng(0).permutation(len(test))[: options.documents]
   requests = [{'ids': test.ids(int(i)), 'words': test.word_of[test.place(int(i))]} for i in chosen]
   rows = [request['ids'] for request in requests]
-  longest = max(map(len, rows))
-  ladders = {
-    'bucketed': ladder.LENGTHS,
-    'bucketed_by_8': tuple(range(8, longest + 8, 8)),
-  }  # sentences are short
-  shapes = {
-    name: serving.dense_batches(
-      rows, ladder.Ladder(lengths).settled(longest), plain.config.pad_id, text_times.SIZE
-    )['bucketed']
-    for name, lengths in ladders.items()
-  }
-  best = turns.fastest(
-    serving.dense_ways(plain, dense.params, shapes, rows), options.repeats, options.allow_load
-  )
+  ways = serving.dense_ways(plain, dense.params, dense_batches(rows, plain.config.pad_id), rows)
+  best = turns.fastest(ways, options.repeats, options.allow_load)
   assert best is not None
 
   for point in study.points['dense', 0]:

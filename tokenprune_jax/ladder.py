@@ -9,7 +9,7 @@ from tokenprune_jax.errors import UserError
 
 # Close enough to waste little, few enough to compile.
 LENGTHS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-COARSE = (16, 32, 64, 128, 192, 256, 384, 512)  # of taggers, whose sentences are short
+COARSE = (16, 32, 64, 128, 192, 256, 384, 512)  # by words: they are short, and programs many
 BATCH_TOKENS = {'cpu': 512}  # slots of a full batch; on a CPU a larger one leaves the cache
 MANY_TOKENS = 16384  # on an accelerator
 QUARTERS = 4  # capacities of keys and rows in a bucket, where a slot may be updated and not seen

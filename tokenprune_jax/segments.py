@@ -127,7 +127,7 @@ def run(model: Classifier, bucket: Bucket, segment: Segment, params: Mapping[str
     tokens, memory = call('begin', inputs, False, bucket.length)
   else:
     tokens, memory = given
-  if not segment.first or bucket.together is not None:
+  if not segment.first or bucket.together is not None:  # else what the method starts with
     tokens = tokens.replace(capacity=bucket.capacity(tokens.added))
   tokens, memory, counts = call('segment', tokens, memory, segment.halves)
   b = tokens.x.shape[0]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenprune_jax import flops, segments
+from tokenprune_jax import flops
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.ladder import COARSE, HALF, LENGTHS, QUARTERS, SHORT, Ladder, crowded, quarter
 from tokenprune_jax.models import Classifier
@@ -86,17 +86,15 @@ class Server:
     self.labels = tuple(labels)
     self.words, self.shortens = model.reducer.needs_words(), model.reducer.shortens()
     self.halts = 'rows' in model.reducer.separates()
-    # Rows are gathered where slots stay that are not updated: of words that halt, or the padding of short sentences.
-    stays = self.halts or (model.readout == 'tokens' and not self.shortens)
-    self.gathers = stays and len(segments.cut(model)) > 1
     self.model, self.queue = model, queue
-    self.ladder = (ladder or Ladder(COARSE if self.gathers and self.words else LENGTHS)).settled(
-      config.max_length
-    )
+    self.ladder = (ladder or Ladder(COARSE if self.words else LENGTHS)).settled(config.max_length)
     # What is kept of each token is kept by its place in the input: then examples share a pool with their like.
     self.by_length = model.readout == 'tokens' or not self.shortens
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
+    # Rows are gathered where slots stay that are not updated: of words that halt, or the padding of short sentences.
+    stays = self.halts or (model.readout == 'tokens' and not self.shortens)
+    self.gathers = stays and len(self.programs.segments) > 1
     self.waiting: collections.deque[Request] = collections.deque()
     self.pools: dict[Place, Pool] = {}  # none of them full; the oldest first
     self.full: list[Pool] = []
@@ -313,7 +311,6 @@ class Server:
         self.full.sort(key=lambda pool: pool.place.segment)
         self.run(self.full.pop())
       elif admitted:
-        self.hand = admitted
         self.begin(admitted)
       elif self.started:
         self.settle(self.started.popleft())
@@ -349,6 +346,7 @@ class Server:
 
   def begin(self, requests: list[Request]) -> None:
     """Starts the first segment."""
+    self.hand = requests
     slots = self.ladder.slots(max(len(request.ids) for request in requests))
     bucket = self.entry(slots)
     place = self.form(Place(0, bucket), [len(request.ids) for request in requests])
@@ -403,7 +401,6 @@ class Server:
     """Reads what a segment found: finished examples are answered, the others go into the pools of the next one."""
     try:
       report = jax.device_get(batch.report)
-      batch = batch._replace(report=report)
       segment = self.programs.segments[batch.place.segment]
       blocks = sum(half.attention for half in segment.halves)
       going: dict[Bucket, list[int]] = {}
@@ -415,7 +412,7 @@ class Server:
         else:
           going.setdefault(self.bucket(batch.place, report, row), []).append(row)
       for bucket, rows in going.items():
-        self.pour(Place(batch.place.segment + 1, bucket), batch, rows)
+        self.pour(Place(batch.place.segment + 1, bucket), batch._replace(report=report), rows)
     except Exception as error:  # noqa: BLE001
       fail(batch.requests, error)
 
