@@ -40,6 +40,8 @@ BUDGETS = (
   0.4,
 )  # shares of dense's multiply-adds, in the order in which they are worth having
 FOUND_ON = 512  # validation sentences that a budget is met on
+STEP = 8  # of the lengths of batches
+OVERFLOW = 0.25  # share of batches that a shared capacity may be too small for
 
 
 class Curve(NamedTuple):
@@ -173,7 +175,21 @@ def page(document: Mapping[str, Any]) -> str:
   """results/tagging.md."""
   every = document['rows']
   dense = seeds_of(every, 'dense', None)
-  lines = [['', 'budget', 'seeds', 'F1', 'F1 − dense', 'precision', 'recall', 'MACs', 'times dense']]
+  lines = [
+    [
+      '',
+      'budget',
+      'seeds',
+      'F1',
+      'F1 − dense',
+      'precision',
+      'recall',
+      'MACs',
+      'times dense',
+      'by `compact`',
+      'its F1',
+    ]
+  ]
   for name, curve in CURVES.items():
     for budget in sorted(BUDGETS, reverse=True) if curve.run in SET else (None,):
       if found := seeds_of(every, name, budget):
@@ -186,19 +202,26 @@ def page(document: Mapping[str, Any]) -> str:
           curve.title, '–' if budget is None else f'{budget}', str(len(found)), scores[0],
           f'{100 * np.mean(apart):+.2f}' if apart and name != 'dense' else '–', *scores[1:],
           report.number(report.mean([point['mac_ratio'] for point in found])), report.number(cost(found, 'time_ratio')),
+          *by_compact(found[0].get('compact')),
         ])  # fmt: skip
   missing = collections.Counter((point['name'], point['reason']) for point in every if not point['metrics'])
   absent = '\n'.join(f'- {name}: {count} ({reason})' for (name, reason), count in missing.items())
   return '\n'.join([
     '# Taggers that stop early\n\nCoNLL-2003, named entities, MiniLM-L6 (6 x 384), lower case. F1, precision and recall of '
     'spans on the test split in percent, mean ± deviation over seeds; *F1 − dense* in points, against the dense run of the '
-    'same seed. MACs count real tokens, exits included. *times dense*: throughput of seed 0, beside the fastest dense.\n',
+    'same seed. MACs count real tokens, exits included. *times dense*: throughput of seed 0 by `serve`, beside the fastest dense; '
+    f'*by `compact`*: in batches of {text_times.SIZE} by length that share capacities, which change F1 where they are too small.\n',
     report.table(lines),
     '![F1 against multiply-adds](tagging.png)\n',
     *(['![F1 against throughput](tagging_time.png)\n'] if any(point['time'] for point in every) else []),
     *(['## Points without a number\n\n' + absent + '\n'] if absent else []),
     report.origin(document),
   ])  # fmt: skip
+
+
+def by_compact(found: Mapping[str, Any] | None) -> tuple[str, str]:
+  """The cells of a point's throughput and F1 under `compact`."""
+  return (f'{found["time_ratio"]:.2f}', f'{100 * found["f1"]:.1f}') if found else ('–', '–')
 
 
 def cost(points: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -228,16 +251,45 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, lab
 
 
 # -------------------------------------------------------------------------------------------------------- Times
+def fine(longest: int) -> tuple[int, ...]:
+  """Lengths of batches of sentences, which are short: every eighth."""
+  return tuple(range(STEP, longest + STEP, STEP))
+
+
 def dense_batches(rows: Sequence[Any], pad: int) -> dict[str, list[dict]]:
-  """Sentences in batches by length, as the other studies make them and in finer steps, since they are short."""
+  """Sentences in batches by length, as the other studies make them and in finer steps."""
   longest = max(map(len, rows))
-  steps = {'bucketed': ladder.LENGTHS, 'bucketed_by_8': tuple(range(8, longest + 8, 8))}
+  steps = {'bucketed': ladder.LENGTHS, 'bucketed_by_8': fine(longest)}
   return {
     name: serving.dense_batches(rows, ladder.Ladder(lengths).settled(longest), pad, text_times.SIZE)[
       'bucketed'
     ]
     for name, lengths in steps.items()
   }
+
+
+def sharing(point: Mapping[str, Any], trained: Trained) -> dict[str, Any]:
+  """A point's reducer with the capacities that batches share."""
+  spec = {**point['reducer'], 'capacity_batch': text_times.SIZE, 'overflow_rate': OVERFLOW}
+  found = trained.validation(point['reducer']).calibrated(spec, lambda cost: cost.rows)
+  return {**spec, **found}
+
+
+def with_words(requests: Sequence[Mapping[str, Any]], pad: int) -> list[dict]:
+  """`dense_batches` in fine steps, the words beside the tokens."""
+  lengths = fine(max(len(request['ids']) for request in requests))
+  found = []
+  for slots in lengths:
+    members = [request for request in requests if slots - STEP < len(request['ids']) <= slots]
+    while members:
+      count = min(text_times.SIZE, 1 << (len(members).bit_length() - 1))
+      batch = serving.batch_of([request['ids'] for request in members[:count]], slots, count, pad)
+      words = np.full((count, slots), -1, np.int32)
+      for row, request in enumerate(members[:count]):
+        words[row, : len(request['words'])] = request['words']
+      found.append({**batch, 'words': words})
+      members = members[count:]
+  return found
 
 
 def timed(study: Study, options: argparse.Namespace) -> None:
@@ -286,6 +338,25 @@ def timed(study: Study, options: argparse.Namespace) -> None:
       macs = sum(answer.macs for answer in given) / sum(answer.dense_macs for answer in given)
       text_times.write(study, points[turn.name], turn, best.name, macs, len(rows), DATASET)
     served.close()
+    batches = with_words(requests, plain.config.pad_id)
+    trained[name].buckets = fine(trained[name].buckets[-1])
+    for label, point in points.items():
+      spec = sharing(point, trained[name])
+      model = trained[name].model(spec).clone(executor='compact')
+      turn = turns.timed(
+        label, functools.partial(timing.Forward, model, trained[name].params, batches), beside, options.repeats,
+        options.allow_load,
+      )  # fmt: skip
+      turn.give_up()
+      scored = trained[name].evaluate(spec, executor='compact')
+      point['compact'] = {
+        **turns.compared(turn, turn.times[best.name]['seconds'], scored['mac_ratio']),
+        'f1': scored['metrics']['f1'],
+        'overflow': scored['overflow'],
+        'reducer': spec,
+      }
+      print(f'{label}, compact: F1 {scored["metrics"]["f1"]:.4f}, {point["compact"]["time_ratio"]:.2f} times')
+      study.save()
   best.give_up()
 
 

@@ -29,6 +29,8 @@ WORDS = {
   'keep_norm': True,
   'dropout': 0.3,
   'capacities': (),
+  'capacity_batch': 0,
+  'batch_capacities': (),
   'overflow_rate': 0.01,
 }
 VARIANTS = ('tokee', 'sentee', 'debug')

@@ -21,6 +21,9 @@ EXITS = {
   'temperatures': (),
   'fit_temperatures': False,
   'own_segment': False,
+  'capacity_batch': 0,
+  'batch_capacities': (),
+  'overflow_rate': 0.0,
 }
 THRESHOLD = {'name': 'threshold', 'threshold': 0.005, 'capacities': (), 'overflow_rate': 0.01}
 

@@ -139,16 +139,14 @@ class Rows(NamedTuple):
 def updated_rows(tokens: Tokens, compact: bool) -> Rows:
   """The rows to compute: under the compact executor gathered into `capacity.rows` or `.batch_rows`, else all."""
   b, n, d = tokens.x.shape
-  x, updated, score, wanted = tokens.x, tokens.updated, tokens.score, tokens.capacity.rows
+  x, updated, wanted = tokens.x, tokens.updated, tokens.capacity.rows
   together = tokens.capacity.batch_rows is not None
   if together:
-    x, updated = x.reshape(1, b * n, d), updated.reshape(1, b * n)
-    score, wanted = None, tokens.capacity.batch_rows
+    x, updated, wanted = x.reshape(1, b * n, d), updated.reshape(1, b * n), tokens.capacity.batch_rows
   capacity = stream.room(wanted, x.shape[1])
   if not compact or capacity is None:
     return Rows(tokens.x, tokens.updated, None, None, jnp.zeros(b, bool))
-  score = score.max(1) if score is not None and score.ndim == 3 else score
-  index, kept, overflow = stream.select(updated > 0, capacity, score)
+  index, kept, overflow = stream.select(updated > 0, capacity)  # `stream.fit` has chosen those that stay
   updated = jnp.take_along_axis(jnp.where(kept, updated, 0), index, axis=1)
   overflow = jnp.broadcast_to(overflow, b)
   return Rows(stream.gather_rows(x, index, kept), updated, index, kept, overflow, together)
@@ -386,8 +384,12 @@ class Encoder(nn.Module):
       computed = block.renormed(computed)
       tokens, memory = self.reducer.after_block(computed, memory, half.layer, train)
     if self.executor == 'compact':
+      decided = tokens.capacity is not computed.capacity  # a decision states its capacity
       tokens, lost = stream.compress(tokens)
       overflow |= lost
+      if decided:
+        tokens, lost = stream.fit(tokens)
+        overflow |= lost
     if self.restore and tokens.x.shape[1] != slots:  # before slots are lost
       memory = {**memory, 'board': stream.restored(memory['board'], computed)}
     return tokens, memory, bias if tokens.x.shape[1] == slots else self.relative_bias(tokens), overflow

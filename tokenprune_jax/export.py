@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from tokenprune_jax import conversion, families, model_files
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import tuples
 
 SETTINGS, OWN_WEIGHTS, FORMAT = 'tokenprune.json', 'tokenprune.safetensors', 1
 OWN = ('head/', 'reducer/')  # the parameters in OWN_WEIGHTS
@@ -150,7 +151,7 @@ def load_exported(folder: str | Path) -> Exported:
     labels=tuple(settings['labels']),
     readout=settings['readout'],
     head=settings['head'],
-    reducer_spec={key: _tuples(value) for key, value in settings['reducer'].items()},
+    reducer_spec={key: tuples(value) for key, value in settings['reducer'].items()},
     max_length=settings['max_length'],
     constrained=settings.get('constrained', False) is True,
   )
@@ -181,13 +182,6 @@ def _read_settings(file: Path) -> dict[str, Any]:
       f'{file}: dtype is {settings["dtype"]!r}; expected one of {", ".join(model_files.DTYPES)}'
     )
   return settings
-
-
-def _tuples(value: Any) -> Any:
-  """Lists, which JSON made of tuples, as tuples again: a module's fields have to be hashable."""
-  if isinstance(value, list):
-    return tuple(_tuples(entry) for entry in value)
-  return {key: _tuples(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def _check_head(

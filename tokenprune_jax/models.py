@@ -61,11 +61,18 @@ def _guess(name, choices: list[str]) -> str:
   return f'are {", ".join(choices) or "none"}' + (f' (did you mean {near[0]!r}?)' if near else '')
 
 
+def tuples(value: Any) -> Any:
+  """Lists, which JSON makes of tuples, as tuples again, at any depth: fields of a module have to be hashable."""
+  if isinstance(value, (list, tuple)):
+    return tuple(tuples(entry) for entry in value)
+  return {key: tuples(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
 def _value(method: str, key: str, value, default):
   if key == 'reducers':
     return tuple(make_reducer(spec) for spec in value)
   if isinstance(default, tuple):
-    return tuple(value)
+    return tuples(value)
   wanted = type(default)
   if wanted is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 from tokenprune_jax.errors import UserError
 
@@ -38,6 +39,18 @@ def places(share: float, length: int) -> int:
   return max(math.ceil(share * length - 1e-6), 1)
 
 
+def batch_rows(method: Any, layer: int, examples: int, length: int) -> int | None:
+  """Rows that a batch shares behind a layer, by a method's `batch_capacities` (`stages.Validation.batch_capacities`).
+
+  None where it has none, or where fewer than its `capacity_batch` examples would share. length: what they are padded to.
+  """
+  entries = method.batch_capacities
+  if not entries or examples < method.capacity_batch:
+    return None
+  shares = next((shares for bound, shares in entries if length <= bound), entries[-1][1])
+  return places(shares[layer], examples * length)
+
+
 def check_shares(key: str, shares: Sequence[float], depth: int) -> None:
   """Raises UserError unless there is one share a layer, above 0 and at most 1."""
   if len(shares) != depth or not all(0 < share <= 1 for share in shares):
@@ -61,3 +74,17 @@ def check_capacities(capacities: Sequence[float], overflow_rate: float, depth: i
     raise UserError(f'reducer.overflow_rate is {overflow_rate}; it is a share of examples, from 0 to below 1')
   if capacities:
     check_shares('reducer.capacities', capacities, depth)
+
+
+def check_batch_capacities(batch_capacities: Sequence[Any], capacity_batch: int, depth: int) -> None:
+  """Raises UserError for a method's fields of these names."""
+  if type(capacity_batch) is not int or capacity_batch < 0:
+    raise UserError(
+      f'reducer.capacity_batch is {capacity_batch}; it is how many examples share capacities, or 0 where each has its own'
+    )
+  if batch_capacities and not capacity_batch:
+    raise UserError('reducer.batch_capacities go with capacity_batch, how many examples share them')
+  for entry in batch_capacities:
+    if not isinstance(entry, tuple) or len(entry) != 2:
+      raise UserError(f'reducer.batch_capacities holds {entry!r}; expected entries (length, shares by layer)')
+    check_shares('reducer.batch_capacities', entry[1], depth)

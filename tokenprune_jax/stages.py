@@ -33,6 +33,7 @@ from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, Output, whole_spec
 from tokenprune_jax.tasks import Task, apart, label_weight, softened, weighted_mean
 
+SPANS = 8  # of lengths, that batches may need capacities of their own in
 DISTILLATIONS = ('distil', 'distil_states')  # objectives that ask a teacher for its answers alone: `answers`
 
 Apply = Callable[..., Output]  # (params, batch, rng=None)
@@ -118,9 +119,43 @@ class Validation(NamedTuple):
     column: Callable[[Cost], jax.Array],
     controls: Mapping[str, float] | None = None,
   ) -> dict[str, Any]:
-    """{'capacities': as above} where a method's `overflow_rate` asks for them; else nothing."""
-    rate = fields.get('overflow_rate', 0.0)
+    """{'capacities': as above} where a method's `overflow_rate` asks for them; else nothing.
+
+    With its `capacity_batch`: {'batch_capacities': as below}.
+    """
+    rate, size = fields.get('overflow_rate', 0.0), fields.get('capacity_batch', 0)
+    if rate and size:
+      return {'batch_capacities': self.batch_capacities(column, size, rate, controls)}
     return {'capacities': self.capacities(column, rate, controls)} if rate else {}
+
+  def batch_capacities(
+    self,
+    column: Callable[[Cost], jax.Array],
+    size: int,
+    overflow_rate: float,
+    controls: Mapping[str, float] | None = None,
+  ) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    """Entries (length, shares by layer): what batches of `size` examples up to a length need together.
+
+    A share is one of the batch's slots. It holds what all but `overflow_rate` of the batches of an entry need (those longer
+    than the entry before), when examples are batched with their neighbours in length. column: the counts [b L].
+    """
+    found = [
+      (batch['mask'].sum(-1)[batch['weight'] > 0], column(cost)) for cost, batch in self.costs(controls or {})
+    ]
+    lengths, counts = (np.concatenate(parts) for parts in zip(*jax.device_get(found)))
+    order = np.argsort(lengths, kind='stable')
+    size = min(size, len(order))
+    widest = lengths[order][size - 1 :]  # of every run of `size` neighbours
+    total = np.cumsum(np.pad(counts[order].astype(np.float64), ((1, 0), (0, 0))), axis=0)
+    needs = (total[size:] - total[:-size]) / (size * widest[:, None])
+    bounds = np.unique([part[-1] for part in np.array_split(widest, SPANS) if len(part)]).tolist()
+    entries = []
+    for shorter, bound in zip([0, *bounds], bounds):
+      span = needs[(widest > shorter) & (widest <= bound)]
+      shares = np.quantile(span, 1 - overflow_rate, axis=0, method='higher')
+      entries.append((int(bound), tuple(np.clip(shares, 1e-6, 1.0).tolist())))
+    return tuple(entries)
 
 
 def with_controls(batch: Mapping[str, Any], controls: Mapping[str, float]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ The first three are for a stage with train='reducer/.*', on frozen states. Where
 an exit's gradient to the layers behind the exit before it, so that exits do not pull at each other's layers (SWEET, arXiv
 2306.02307). `fit_temperatures` ends a stage by finding T_l on the validation split.
 
+`compact` computes every row, unless at least `capacity_batch` examples share what those left need: `batch_capacities`,
+found for `overflow_rate` when a stage ends. Where it is too small the surest leave, with what their last exit said.
+
 Control of a request: `exit_threshold` [b], in place of the field.
 """
 
@@ -28,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import minimize_scalar
 
-from tokenprune_jax import budget, exit_heads, flops
+from tokenprune_jax import budget, exit_heads, flops, schedule
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer, read_out
 from tokenprune_jax.tasks import classification_loss, divergence, weighted_mean
@@ -122,9 +125,9 @@ OBJECTIVES = {
 
 # ------------------------------------------------------------------------------------------------ Calibration
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
-  """The temperatures, where they are to be fitted."""
+  """The temperatures, where they are to be fitted, or else capacities, where `overflow_rate` asks for them."""
   if not fields.get('fit_temperatures'):
-    return {}
+    return validation.calibrated(fields, lambda cost: cost.rows)
   never = NEVER[fields.get('criterion', Method.criterion)]
   earlier = np.array(fields.get('temperatures') or 1.0)[..., None]  # the logits come divided by these
   found: list[tuple] = []
@@ -177,7 +180,14 @@ def cost_by_threshold(fields: Mapping[str, Any], validation: Any) -> Callable[[f
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
-  """The threshold at which validation costs it."""
+  """The threshold at which validation costs it; capacities go with it."""
+  found = threshold_for(fields, target, validation)
+  controls = {'exit_threshold': found}
+  return {'threshold': found, **validation.calibrated(fields, lambda cost: cost.rows, controls)}
+
+
+def threshold_for(fields: Mapping[str, Any], target: float, validation: Any) -> float:
+  """The threshold at which validation costs `target`. Raises UserError where none is that cheap."""
   criterion = fields.get('criterion', Method.criterion)
   dear, cheap = NEVER[criterion], EASIEST[criterion]
 
@@ -192,9 +202,9 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
       'where all leave at the first exit. Ask for more, or put an exit behind a lower layer.'
     )
   if criterion != 'patience':
-    return {'threshold': budget.bisect(cost, target, dear, cheap)}
+    return budget.bisect(cost, target, dear, cheap)
   layers = len(fields.get('layers', Method.layers))
-  return {'threshold': max((float(p) for p in range(1, layers + 1) if cost(float(p)) <= target), default=1.0)}
+  return max((float(p) for p in range(1, layers + 1) if cost(float(p)) <= target), default=1.0)
 
 
 # ----------------------------------------------------------------------------------------------------- Method
@@ -218,6 +228,11 @@ class Method(Reducer):
   temperatures: tuple[float, ...] = ()  # of the exits' logits; (): 1
   fit_temperatures: bool = False
   own_segment: bool = False  # while training an exit's gradient ends at the exit before it
+  capacity_batch: int = 0  # examples, or more, that share capacities; 0: none has any
+  batch_capacities: tuple[Any, ...] = ()  # these: as `stages.Validation.batch_capacities`
+  overflow_rate: float = (
+    0.0  # share of batches that they may be too small for on validation; 0: none is found
+  )
 
   def check(self, depth: int, heads: int) -> None:
     if not all(1 <= l < depth for l in self.layers):
@@ -230,6 +245,16 @@ class Method(Reducer):
     ):
       if value not in choices:
         raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
+    schedule.check_capacities((), self.overflow_rate, depth)
+    schedule.check_batch_capacities(self.batch_capacities, self.capacity_batch, depth)
+    if self.overflow_rate and not self.capacity_batch:
+      raise UserError(
+        'reducer.overflow_rate goes with capacity_batch, how many examples share capacities: one leaves as a whole'
+      )
+    if self.overflow_rate and self.fit_temperatures:
+      raise UserError(
+        'reducer.fit_temperatures changes who leaves: find capacities (overflow_rate) in a stage after it, or by calibrate'
+      )
     if self.criterion == 'patience':
       if self.threshold < 1 or self.threshold != int(self.threshold):
         raise UserError(
@@ -292,10 +317,22 @@ class Method(Reducer):
     first, mean = (read_out(tokens, how) for how in ('cls', 'mean'))
     return head(jnp.where(memory['exit_reads_first'][:, None], first, mean), labels)
 
+  def left(self, memory: Memory, who: Bool[Array, 'b'], logits: Float[Array, 'b c']) -> Memory:
+    """The memory in which these examples are answered."""
+    answer = jnp.where(who[:, None], logits, memory['prediction'])
+    return {**memory, 'exited': memory['exited'] | who, 'prediction': answer}
+
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
-    if not self.layers or layer > max(self.layers):
+    if not self.layers:
       return tokens, memory
     staying, width = ~memory['exited'], tokens.x.shape[2]
+    ran = memory['exits_run'][:, None] == jnp.arange(1, len(self.layers) + 1)  # [b e], the exit before
+    before = (ran[..., None] * memory['logits']).sum(1)
+    # Examples that there was no room for keep what the exit before said.
+    shares = bool(self.batch_capacities) and not train
+    stopped = staying & (live(tokens) & (tokens.updated == 0)).any(-1) & shares
+    if layer > max(self.layers):
+      return tokens, self.left(memory, stopped, before) if shares else memory
     if self.head == 'mixed':
       state = self.pooler(tokens.x[:, 0].astype(jnp.float32))
       memory = {
@@ -310,15 +347,12 @@ class Method(Reducer):
     logits = self.answer(tokens, memory, layer)
     if self.temperatures:
       logits = logits / (place * memory['exit_temperatures']).sum(-1, keepdims=True)
-    before = (jax.nn.one_hot(memory['exits_run'] - 1, len(self.layers))[..., None] * memory['logits']).sum(1)
     same = (memory['exits_run'] > 0) & (before.argmax(-1) == logits.argmax(-1))
     streak = jnp.where(same, memory['exit_streak'] + 1, 0)
     now = staying & is_sure(self.criterion, logits, memory['exit_threshold'], streak) & (not train)
     own = exit_heads.macs(self.head, width, logits.shape[1], live(tokens).sum(-1).astype(jnp.float32))
     memory = {
-      **memory,
-      'exited': memory['exited'] | now,
-      'prediction': jnp.where(now[:, None], logits, memory['prediction']),
+      **self.left(memory, now | stopped, jnp.where(stopped[:, None], before, logits)),
       'macs_exits': memory['macs_exits'] + jnp.where(staying, own, 0),
       'logits': memory['logits'] + place[..., None] * logits[:, None],
       'exits_run': memory['exits_run'] + 1,
@@ -326,4 +360,8 @@ class Method(Reducer):
     }
     if train:
       return tokens.replace(x=jax.lax.stop_gradient(tokens.x)) if self.own_segment else tokens, memory
+    if shares:
+      doubt = jnp.broadcast_to(uncertainty(logits)[:, None], tokens.updated.shape)
+      rows = schedule.batch_rows(self, layer, len(logits), tokens.length)
+      tokens = tokens.replace(score=doubt, capacity=tokens.capacity._replace(batch_rows=rows))
     return empty_rows(tokens, memory['exited']), memory

@@ -11,7 +11,8 @@ Li, Shao, Sun, Yan, Qiu, Huang: Accelerating BERT Inference for Sequence Labelin
 delta_l = threshold in the lower half of the encoder and `upper` times as much above, at most `cap` (a probability is the
 same for all layers). An example leaves when all of its words have exited; [CLS] and [SEP] never halt before. While training
 nothing exits, unless the layers at which words are to exit are given (control `exit_layers`). Words exit in numbers of their
-own: `compact` gathers those that are left into `capacities`, found for `overflow_rate` when a stage ends.
+own: `compact` gathers those that are left into capacities, found for `overflow_rate` when a stage ends: of each example, or
+(`capacity_batch`) of a whole batch, which follow the mean, not the hardest. Where they are too small the surest words halt.
 
 Two stages train it. `tags_joint`: all exits and the last classifier learn the tags, the i-th weighted by i. `tags_sampled`,
 with the first stage as its teacher: each example draws a window and a delta, its words halt where the teacher would have
@@ -172,8 +173,10 @@ class Method(Reducer):
   keep_norm: bool = False  # a halted state goes through the output norm of each layer that it passes
   dropout: float = 0.3  # before an exit's classifier
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that words left are gathered into
+  capacity_batch: int = 0  # sentences, or more, that share capacities; 0: each has its own
+  batch_capacities: tuple[Any, ...] = ()  # these: as `stages.Validation.batch_capacities`
   overflow_rate: float = (
-    0.0  # share of sentences that these may be too small for on validation; 0: none is found
+    0.0  # share of sentences (or batches) that these may be too small for on validation; 0: none is found
   )
 
   def check(self, depth: int, heads: int) -> None:
@@ -194,8 +197,11 @@ class Method(Reducer):
     if self.level == 'token' and self.criterion != 'entropy':
       raise UserError("reducer.criterion goes with level='sentence'; words exit by entropy")
     schedule.check_capacities(self.capacities, self.overflow_rate, depth)
-    if self.level == 'sentence' and (self.capacities or self.overflow_rate):
-      raise UserError("reducer.capacities and overflow_rate go with level='token'; sentences exit as a whole")
+    schedule.check_batch_capacities(self.batch_capacities, self.capacity_batch, depth)
+    if self.level == 'sentence' and (self.capacities or self.overflow_rate) and not self.capacity_batch:
+      raise UserError(
+        "reducer.capacities and overflow_rate go with level='token', or with capacity_batch: sentences exit as a whole"
+      )
     if self.window < 1 or self.window % 2 == 0:
       raise UserError(f'reducer.window is {self.window}; expected an odd number of words, 1 or more')
     never, always = LIMITS[self.criterion]
@@ -277,21 +283,30 @@ class Method(Reducer):
     return valid & (word_exit.window_max(uncertainty(logits), valid, memory['exit_window']) < limit)
 
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
-    if layer not in self.layers:
-      return tokens, memory
-    word, done = tokens.carry['word'], memory['word_done']
+    word, done, length = tokens.carry['word'], memory['word_done'], memory['word_done'].shape[1]
     there = live(tokens) & (tokens.position >= 0)  # a place left over may hold what was dropped
     first = tokens.carry['first'] & there
-    length, labels = memory['prediction'].shape[1:]
+    rooms = (self.capacities or self.batch_capacities) and not train and 'exit_layers' not in memory
+    ran = tokens.updated > 0 if rooms else there
+    # Words that there was no room for keep what the exit before said of them.
+    stopped = word_exit.of_words(first & ~ran, first, word, length) & ~done
+    if layer not in self.layers:
+      if rooms:
+        at = jnp.where(there & word_exit.to_pieces(stopped, word, False), tokens.position, length)
+        memory = {**memory, 'answered': word_exit.put(memory['answered'], at, there)}
+      return tokens, memory
+    labels = memory['prediction'].shape[2]
     pieces = self.exit[str(layer)](tokens.x.astype(jnp.float32), labels, train)
     logits = word_exit.of_words(pieces, first, word, length)
-    new = self.now(logits, word_exit.of_words(first, first, word, length), memory, layer, train) & ~done
+    sure = self.now(logits, word_exit.of_words(first, first, word, length), memory, layer, train)
+    new = (sure | stopped) & ~done
+    told = there & ran & ~word_exit.to_pieces(done, word, False)  # by this exit
     done |= new
     real, waited = memory['word_valid'], ~memory['exited']
     exited = (done | ~real).all(-1) & real.any(-1) & (not train)
-    # Who leaves is answered by this exit: the pieces of its words and, when an example ends here, what belongs to none.
+    # Who leaves is answered: the pieces of its words and, when an example ends here, what belongs to none.
     leaving = there & word_exit.to_pieces(new, word, exited[:, None])
-    at = jnp.where(leaving, tokens.position, length)
+    places = (jnp.where(who, tokens.position, length) for who in (leaving, told))
     place = jax.nn.one_hot(memory['exits_run'], len(self.layers))
     memory = {
       **memory,
@@ -299,18 +314,20 @@ class Method(Reducer):
       'exits_run': memory['exits_run'] + 1,
       'word_done': done,
       'word_exit': jnp.where(new, layer, memory['word_exit']),
-      'answered': word_exit.put(memory['answered'], at, leaving),
-      'prediction': word_exit.put(memory['prediction'], at, pieces),
+      'answered': word_exit.put(memory['answered'], next(places), leaving),
+      'prediction': word_exit.put(memory['prediction'], next(places), pieces),
       'logits': memory['logits'] + place[..., None, None] * logits[:, None],
       'macs_exits': memory['macs_exits'] + (real & waited[:, None]).sum(-1) * tokens.x.shape[-1] * labels,
     }
     halted = word_exit.to_pieces(done, word, False) & (tokens.carry['first'] | (self.copied == 'all'))
     if self.level == 'token':
       tokens = tokens.replace(updated=tokens.updated * ~halted)
-    if self.capacities and not train and 'exit_layers' not in memory:
+    if rooms:
       doubt = word_exit.to_pieces(uncertainty(logits), word, jnp.inf)  # of words; what belongs to none stays
-      rows = schedule.places(self.capacities[layer], tokens.length)
-      tokens = tokens.replace(score=doubt, capacity=tokens.capacity._replace(rows=rows))
+      together = schedule.batch_rows(self, layer, len(doubt), tokens.length)
+      alone = schedule.places(self.capacities[layer], tokens.length) if self.capacities else None
+      capacity = tokens.capacity._replace(rows=alone, batch_rows=together)
+      tokens = tokens.replace(score=doubt, capacity=capacity)
     return (tokens if train else empty_rows(tokens, exited)), memory
 
 
