@@ -41,6 +41,7 @@ BUDGETS = (
 )  # shares of dense's multiply-adds, in the order in which they are worth having
 FOUND_ON = 512  # validation sentences that a budget is met on
 STEP = 8  # of the lengths of batches
+SHARING = 16  # sentences, or more, that share capacities
 OVERFLOW = 0.25  # share of batches that a shared capacity may be too small for
 
 
@@ -209,8 +210,9 @@ def page(document: Mapping[str, Any]) -> str:
   return '\n'.join([
     '# Taggers that stop early\n\nCoNLL-2003, named entities, MiniLM-L6 (6 x 384), lower case. F1, precision and recall of '
     'spans on the test split in percent, mean ± deviation over seeds; *F1 − dense* in points, against the dense run of the '
-    'same seed. MACs count real tokens, exits included. *times dense*: throughput of seed 0 by `serve`, beside the fastest dense; '
-    f'*by `compact`*: in batches of {text_times.SIZE} by length that share capacities, which change F1 where they are too small.\n',
+    'same seed. MACs count real tokens, exits included. *times dense*: throughput of seed 0 by `serve`, beside the fastest '
+    f'dense; *by `compact`*: in batches of {text_times.SIZE} by length that share capacities, which change F1 where words '
+    'find no room.\n',
     report.table(lines),
     '![F1 against multiply-adds](tagging.png)\n',
     *(['![F1 against throughput](tagging_time.png)\n'] if any(point['time'] for point in every) else []),
@@ -256,12 +258,12 @@ def fine(longest: int) -> tuple[int, ...]:
   return tuple(range(STEP, longest + STEP, STEP))
 
 
-def dense_batches(rows: Sequence[Any], pad: int) -> dict[str, list[dict]]:
+def batched(requests: Sequence[Any], pad: int) -> dict[str, list[dict]]:
   """Sentences in batches by length, as the other studies make them and in finer steps."""
-  longest = max(map(len, rows))
+  longest = max(len(serving.tokens_of(request)) for request in requests)
   steps = {'bucketed': ladder.LENGTHS, 'bucketed_by_8': fine(longest)}
   return {
-    name: serving.dense_batches(rows, ladder.Ladder(lengths).settled(longest), pad, text_times.SIZE)[
+    name: serving.dense_batches(requests, ladder.Ladder(lengths).settled(longest), pad, text_times.SIZE)[
       'bucketed'
     ]
     for name, lengths in steps.items()
@@ -270,26 +272,9 @@ def dense_batches(rows: Sequence[Any], pad: int) -> dict[str, list[dict]]:
 
 def sharing(point: Mapping[str, Any], trained: Trained) -> dict[str, Any]:
   """A point's reducer with the capacities that batches share."""
-  spec = {**point['reducer'], 'capacity_batch': text_times.SIZE, 'overflow_rate': OVERFLOW}
+  spec = {**point['reducer'], 'capacity_batch': SHARING, 'overflow_rate': OVERFLOW}
   found = trained.validation(point['reducer']).calibrated(spec, lambda cost: cost.rows)
   return {**spec, **found}
-
-
-def with_words(requests: Sequence[Mapping[str, Any]], pad: int) -> list[dict]:
-  """`dense_batches` in fine steps, the words beside the tokens."""
-  lengths = fine(max(len(request['ids']) for request in requests))
-  found = []
-  for slots in lengths:
-    members = [request for request in requests if slots - STEP < len(request['ids']) <= slots]
-    while members:
-      count = min(text_times.SIZE, 1 << (len(members).bit_length() - 1))
-      batch = serving.batch_of([request['ids'] for request in members[:count]], slots, count, pad)
-      words = np.full((count, slots), -1, np.int32)
-      for row, request in enumerate(members[:count]):
-        words[row, : len(request['words'])] = request['words']
-      found.append({**batch, 'words': words})
-      members = members[count:]
-  return found
 
 
 def timed(study: Study, options: argparse.Namespace) -> None:
@@ -307,7 +292,7 @@ def timed(study: Study, options: argparse.Namespace) -> None:
   chosen = np.random.default_rng(0).permutation(len(test))[: options.documents]
   requests = [{'ids': test.ids(int(i)), 'words': test.word_of[test.place(int(i))]} for i in chosen]
   rows = [request['ids'] for request in requests]
-  ways = serving.dense_ways(plain, dense.params, dense_batches(rows, plain.config.pad_id), rows)
+  ways = serving.dense_ways(plain, dense.params, batched(rows, plain.config.pad_id), rows)
   best = turns.fastest(ways, options.repeats, options.allow_load)
   assert best is not None
 
@@ -320,44 +305,60 @@ def timed(study: Study, options: argparse.Namespace) -> None:
       for point in study.points.get((name, 0), ())
       if point['budget'] in options.budgets and point['metrics']
     }
-    if name not in trained or not points:
-      continue
-    first = next(iter(points.values()))
-    # One server for all points: thresholds and windows are controls of a request.
-    served = timing.Served(
-      trained[name].model(first['reducer']), trained[name].params, requests, controls_of(first)
-    )
-    print(f'{name}: compiled in {served.compile_seconds:.0f} s', flush=True)
-    makers = {
-      label: functools.partial(functools.partial, answers, served.server, requests, controls_of(point))
-      for label, point in points.items()
-    }
-    beside = {best.name: best.program}
-    for turn in turns.one_by_one(makers, beside, options.repeats, options.allow_load):
-      given = turn.program()
-      macs = sum(answer.macs for answer in given) / sum(answer.dense_macs for answer in given)
-      text_times.write(study, points[turn.name], turn, best.name, macs, len(rows), DATASET)
-    served.close()
-    batches = with_words(requests, plain.config.pad_id)
-    trained[name].buckets = fine(trained[name].buckets[-1])
-    for label, point in points.items():
-      spec = sharing(point, trained[name])
-      model = trained[name].model(spec).clone(executor='compact')
-      turn = turns.timed(
-        label, functools.partial(timing.Forward, model, trained[name].params, batches), beside, options.repeats,
-        options.allow_load,
-      )  # fmt: skip
-      turn.give_up()
-      scored = trained[name].evaluate(spec, executor='compact')
-      point['compact'] = {
-        **turns.compared(turn, turn.times[best.name]['seconds'], scored['mac_ratio']),
-        'f1': scored['metrics']['f1'],
-        'overflow': scored['overflow'],
-        'reducer': spec,
-      }
-      print(f'{label}, compact: F1 {scored["metrics"]["f1"]:.4f}, {point["compact"]["time_ratio"]:.2f} times')
-      study.save()
+    if name in trained and points:
+      for label, point in points.items():
+        time_compact(study, label, point, trained[name], requests, best, options)
+      time_served(study, points, trained[name], requests, best, options)
   best.give_up()
+
+
+def time_compact(
+  study: Study,
+  label: str,
+  point: dict[str, Any],
+  trained: Trained,
+  requests: Sequence[Any],
+  best: turns.Turn,
+  options: argparse.Namespace,
+) -> None:
+  """Writes a point's throughput and F1 in batches whose sentences share capacities."""
+  batches = batched(requests, trained.exported.config.pad_id)['bucketed_by_8']
+  spec = sharing(point, trained)
+  model = trained.model(spec).clone(executor='compact')
+  turn = turns.timed(
+    label, functools.partial(timing.Forward, model, trained.params, batches), {best.name: best.program},
+    options.repeats, options.allow_load,
+  )  # fmt: skip
+  turn.give_up()
+  trained.buckets = fine(trained.buckets[-1])
+  scored = trained.evaluate(spec, executor='compact')
+  compact = turns.compared(turn, turn.times[best.name]['seconds'], scored['mac_ratio'])
+  point['compact'] = {**compact, 'f1': scored['metrics']['f1'], 'reducer': spec, 'commit': report.commit()}
+  print(f'{label}, compact: F1 {scored["metrics"]["f1"]:.4f}, {compact["time_ratio"]:.2f} times', flush=True)
+  study.save()
+
+
+def time_served(
+  study: Study,
+  points: Mapping[str, dict[str, Any]],
+  trained: Trained,
+  requests: Sequence[Any],
+  best: turns.Turn,
+  options: argparse.Namespace,
+) -> None:
+  """Writes the throughput of a run's points by `serve`: one server, since thresholds and windows are controls."""
+  first = next(iter(points.values()))
+  served = timing.Served(trained.model(first['reducer']), trained.params, requests, controls_of(first))
+  print(f'compiled in {served.compile_seconds:.0f} s', flush=True)
+  makers = {
+    label: functools.partial(functools.partial, answers, served.server, requests, controls_of(point))
+    for label, point in points.items()
+  }
+  for turn in turns.one_by_one(makers, {best.name: best.program}, options.repeats, options.allow_load):
+    given = turn.program()
+    macs = sum(answer.macs for answer in given) / sum(answer.dense_macs for answer in given)
+    text_times.write(study, points[turn.name], turn, best.name, macs, len(requests), DATASET)
+  served.close()
 
 
 def controls_of(point: Mapping[str, Any]) -> dict[str, float]:
