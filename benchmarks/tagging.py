@@ -41,8 +41,8 @@ BUDGETS = (
 )  # shares of dense's multiply-adds, in the order in which they are worth having
 FOUND_ON = 512  # validation sentences that a budget is met on
 STEP = 8  # of the lengths of batches
-SHARING = 16  # sentences, or more, that share capacities
-OVERFLOW = 0.25  # share of batches that a shared capacity may be too small for
+SHARING = 8  # sentences, or more, that share capacities
+OVERFLOW = 0.5  # share of batches that a shared capacity may be too small for
 
 
 class Curve(NamedTuple):

@@ -37,6 +37,25 @@ def test_a_model_is_set_to_a_budget_and_written_beside_the_run(run, capsys):
   assert tokenprune_jax.load(run / 'calibrated').predict(['some text'])[0]['label'] in before.labels
 
 
+def test_capacities_that_batches_share_are_found_with_the_setting(run, tmp_path, capsys):
+  exits = {'name': 'early_exit', 'layers': (1,), 'threshold': 0.5}
+  wanted = tiny_config(reducer=exits, data__valid_limit=48)
+  wanted['stages'] = ({'name': 'exits', 'epochs': 1, 'objective': 'exits_joint'},)
+  train.run(wanted, tmp_path / 'run')
+  assert calibrate.main([f'--run={tmp_path / "run"}', '--macs=0.8', '--batch=4', '--overflow=0.1']) == 0
+  found = pretrained.load_exported(tmp_path / 'run' / 'calibrated').reducer_spec
+  assert found['capacity_batch'] == 4 and all(len(shares) == 2 for _, shares in found['batch_capacities'])
+  assert any(shares[1] < 0.9 for _, shares in found['batch_capacities'])
+  texts = [f'some text of {i} words' for i in range(8)]
+  model = tokenprune_jax.load(tmp_path / 'run' / 'calibrated')
+  shared, alone = (model.predict(texts, batch_size=size) for size in (8, 1))
+  for one, other in zip(shared, alone):  # what there is no room for is computed again
+    assert one['probabilities'] == pytest.approx(other['probabilities'], abs=1e-4)
+  capsys.readouterr()
+  assert calibrate.main([f'--run={run}', '--macs=0.6', '--batch=4']) == 2
+  assert 'topk has no capacities that a batch could share' in capsys.readouterr().err
+
+
 def test_the_cheapest_setting_that_is_good_enough(calibration, monkeypatch, capsys):
   monkeypatch.setattr(calibrate, 'GRID', (0.05, 0.5, 0.8))
   settings = {0.5: 0.6, 0.8: 0.9, 1.0: 0.95}

@@ -10,6 +10,9 @@ alone. `--time` measures: the dense model in batches by length and this one as i
 only masks), in turns on the same documents; keep the machine idle. `--loss` counts points of accuracy against the same model
 where nothing is removed. Of a tagger whose tags mark spans, accuracy is the F1 of spans. What can be set is what the method
 has one number for: see `at_budget` in its file.
+
+With `--batch=16` a method whose examples, or words, exit by themselves also gets capacities that batches of 16 or more share:
+its savings then show in one compiled program, by the executor `compact`, and not under `serve` alone.
 """
 
 import argparse
@@ -78,6 +81,7 @@ class Calibration:
     if limit and self.task.name == 'tag':  # whole sentences, for spans
       self.limit, self.data['valid_limit'] = 0, min(limit, self.data['valid_limit'] or limit)
     self.exported = pretrained.load_exported(self.folder / 'model')
+    self.wanted = self.exported.reducer_spec  # before it is set
     self.known: list[Mapping[str, Any]] = [self.exported.reducer_spec]
     self.params = jax.device_put(self.exported.params)
     longest = self.data['max_length']
@@ -148,10 +152,16 @@ class Calibration:
     ratio = rows['macs'].sum(dtype=np.float64) / rows['dense_macs'].sum(dtype=np.float64)
     return Setting(spec, float(scores[metric]), float(ratio), metric)
 
+  def share(self, size: int, overflow_rate: float) -> None:
+    """From here on settings have capacities that batches of `size` share, and are timed by `compact`.
+
+    Raises UserError where the method has none.
+    """
+    self.wanted, self.executor = stages.sharing(self.exported.reducer_spec, size, overflow_rate), 'compact'
+
   def at(self, budget: float) -> Setting:
     """The setting that costs `budget`. Raises UserError where none is that cheap."""
-    spec = self.exported.reducer_spec
-    return self.measured(stages.at_budget(spec, budget, self.validation(spec)))
+    return self.measured(stages.at_budget(self.wanted, budget, self.validation(self.wanted)))
 
   def time_of(self, spec: Mapping[str, Any]) -> float:
     """Seconds an example as a share of dense's, on some of the sample's batches, in turns."""
@@ -255,11 +265,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   goal.add_argument('--accuracy', type=float, help='percent that are to be right')
   parser.add_argument('--documents', type=int, default=0, help='of the validation split; 0: all')
+  parser.add_argument(
+    '--batch', type=int, default=0, help='examples, or more, that share capacities; 0: as the run has it'
+  )
+  parser.add_argument(
+    '--overflow', type=float, default=0.25, help='share of such batches that these may be too small for'
+  )
   parser.add_argument('--out', default='', help='folder of the new model; RUN/calibrated where none is named')
   options = parser.parse_args(arguments)
   compile_cache.turn_on()
   try:
     calibration = Calibration(options.run, options.documents)
+    if options.batch:
+      calibration.share(options.batch, options.overflow)
     if options.macs is not None:
       setting = calibration.at(options.macs)
     elif options.time is not None:

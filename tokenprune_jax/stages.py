@@ -33,6 +33,12 @@ from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, Output, whole_spec
 from tokenprune_jax.tasks import Task, apart, label_weight, softened, weighted_mean
 
+CAPACITIES = (
+  'capacities',
+  'capacity_batch',
+  'batch_capacities',
+  'overflow_rate',
+)  # fields that `mask` does not read
 SPANS = 8  # of lengths, that batches may need capacities of their own in
 DISTILLATIONS = ('distil', 'distil_states')  # objectives that ask a teacher for its answers alone: `answers`
 
@@ -256,6 +262,20 @@ def at_budget(spec: Mapping[str, Any], target: float, validation: Validation) ->
   return with_handed_on(spec, {member['name']: found})
 
 
+def sharing(spec: Mapping[str, Any], size: int, overflow_rate: float) -> dict[str, Any]:
+  """`spec` where batches of `size` examples or more share capacities, which setting it to a budget then finds.
+
+  Raises UserError where no member's examples stop in numbers of their own.
+  """
+  able = [member['name'] for member in members(spec) if 'capacity_batch' in whole_spec(member)]
+  if not able:
+    raise UserError(
+      f'{spec["name"]} has no capacities that a batch could share: its examples do not stop by themselves'
+    )
+  fields = {'capacity_batch': size, 'overflow_rate': overflow_rate}
+  return with_handed_on(spec, {able[-1]: fields})
+
+
 def by_controls(
   spec: Mapping[str, Any], known: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], dict[str, float]]:
@@ -271,7 +291,7 @@ def by_controls(
   for own, theirs in zip(ours, others):
     names = getattr(module(own['name']), 'CONTROLS', {})
     changed = {field for field in own if field != 'reducers' and own[field] != theirs[field]}
-    if changed - {*names, 'capacities'} or set(controls) & set(names.values()):
+    if changed - {*names, *CAPACITIES} or set(controls) & set(names.values()):
       return spec, {}
     controls |= {control: own[field] for field, control in names.items()}
   return known, controls

@@ -152,7 +152,7 @@ def compress(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
 
 
 def fit(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
-  """The stream whose rows fit `capacity.rows` or `.batch_rows`: (tokens, overflow [b]).
+  """The stream whose rows fit `capacity.rows` or `.batch_rows`: (tokens, overflow [b], of examples that lose some).
 
   The lowest-scored (without a score: the last) are no longer updated; they keep the states that they have.
   """
@@ -165,8 +165,7 @@ def fit(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
   updated, score = tokens.updated, jnp.zeros((b, n)) if tokens.score is None else tokens.score
   score = score if score.ndim == 2 else score.max(axis=1)
   stay = highest(jnp.where(updated > 0, score, -jnp.inf).reshape(shape), slots).reshape(b, n)
-  overflow = (updated > 0).reshape(shape).sum(-1) > slots
-  return tokens.replace(updated=updated * stay), jnp.broadcast_to(overflow, b)
+  return tokens.replace(updated=updated * stay), ((updated > 0) & ~stay).any(-1)
 
 
 def gather_live(tokens: Tokens, slots: int) -> tuple[Tokens, Bool[Array, 'b']]:
