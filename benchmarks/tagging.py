@@ -245,6 +245,13 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, lab
         yerr=[100 * (score['std'] or 0) for score in scores], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
         linewidth=1.4, label=curve.title, **report.look(place),
       )  # fmt: skip
+    own = (found[0]['compact'] for found in found if found and found[0].get('compact'))
+    shared = sorted((one['time_ratio'], 100 * one['f1']) for one in own)
+    if shared and name == 'time_ratio':
+      axes.plot(
+        *zip(*shared), linestyle='--', linewidth=1.4, markersize=7, markerfacecolor='none',
+        label=f'{curve.title}, compact', **report.look(place),
+      )  # fmt: skip
   if dense := seeds_of(points, 'dense', None):
     report.level(axes, 100 * float(np.mean([point['metrics']['f1'] for point in dense])))
   report.legend(axes)
