@@ -36,16 +36,18 @@ class Trained:
   def __init__(self, folder, limit=0):
     self.spec = {'name': 'none'} if 'dense' in str(folder) else settings('tokee', 'TINY')
     self.exported = SimpleNamespace(reducer_spec=self.spec, config=TINY_CONFIG)
+    self.buckets = (16, TINY_CONFIG.max_length)
     self.splits, self.params = {'test': Words()}, model_and_params({'name': 'none'}, readout='tokens')[1]
 
   def validation(self, spec):
-    return None
+    return SimpleNamespace(calibrated=lambda spec, column: {'capacity_found': spec['overflow_rate']})
 
   def model(self, spec):
     fields = {'name': 'none'} if spec['name'] == 'none' else {'name': 'topk', 'shares': (1.0, 0.5, 0.5, 0.5)}
     return models.Classifier(TINY_CONFIG, models.make_reducer(fields), 3, readout='tokens')
 
-  def evaluate(self, spec, split='test', params=None):
+  def evaluate(self, spec, split='test', params=None, executor='mask'):
+    assert ('capacity_found' in spec) == (executor == 'compact')
     share = spec.get('budget', 1.0)
     records = [{'tags': ['O'] * 3, 'predicted': ['O'] * 3}] * 8
     scores = dict.fromkeys(('accuracy', 'precision', 'recall', 'f1', 'loss'), 0.5 + 0.4 * share)
@@ -103,6 +105,13 @@ def test_the_queue_goes_on_and_times_go_into_the_table(study, tmp_path, monkeypa
   times = {row['name']: row['time'] for row in rows if row['time']}
   assert set(times) == {'dense', 'sentee', 'tokee_15', 'tokee_5', 'tokee_1'}
   assert times['dense']['time_ratio'] == 1 and times['tokee_5']['mac_ratio'] < 1
+  shared = {row['name']: row['compact'] for row in rows if row.get('compact')}
+  assert set(shared) == set(times) - {'dense'} and all(one['time_ratio'] > 0 for one in shared.values())
+  assert shared['sentee']['f1'] == pytest.approx(0.7) and shared['sentee']['reducer']['capacity_found'] == 0.5
+  row = next(
+    line for line in (tmp_path / 'tagging.md').read_text().splitlines() if line.startswith('| SENTEE | 0.5 ')
+  )
+  assert row.endswith(f'| {shared["sentee"]["time_ratio"]:.2f} | 70.0 |')
   assert 'tagging_time.png' in (tmp_path / 'tagging.md').read_text()
   for name in ('mac_ratio', 'time_ratio'):
     plot(tmp_path / f'{name}.png', rows, name, name)
