@@ -22,6 +22,7 @@ from benchmarks.text_runs import (
 from tokenprune_jax import metrics
 
 NOT_RUN = 'Not run yet.\n'
+SHOWN = 15  # points below dense that a plot goes down to
 
 
 def of(
@@ -245,6 +246,8 @@ def plot(
       axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
                     linewidth=1.4, label=METHODS[name].title, **report.look(place))  # fmt: skip
   report.level(axes, level)
+  # What has broken down would take the scale from all others; the table has it.
+  axes.set_ylim(bottom=max(axes.get_ylim()[0], level - SHOWN))
   report.legend(axes)
   report.titled(axes, title, label, 'Test accuracy in %')
   drawing.savefig(path)
