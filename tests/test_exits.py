@@ -324,6 +324,7 @@ def test_temperatures_are_fitted_on_what_the_exits_said_without_them():
     for given in ((), (2.0, 0.5))
   ]  # fmt: skip
   np.testing.assert_allclose(found[0]['temperatures'], found[1]['temperatures'], rtol=1e-3)
+  assert early_exit.finish({}, stages.Validation(lambda batch: None, list)) == {}
 
 
 def test_magic_pyramid_in_four_stages(tmp_path):

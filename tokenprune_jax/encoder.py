@@ -349,7 +349,7 @@ class Encoder(nn.Module):
     slots = real + tokens.added
     overflow, counts = jnp.zeros(b, bool), {}
     if self.executor == 'compact':
-      tokens, overflow = stream.compress(tokens)
+      tokens, overflow = stream.settled(tokens)
     bias = self.relative_bias(tokens)
     for half in self.halves():
       counts[half] = self.count(tokens, half)
@@ -383,13 +383,11 @@ class Encoder(nn.Module):
       computed, overflow = block.feed_forward(tokens, train)
       computed = block.renormed(computed)
       tokens, memory = self.reducer.after_block(computed, memory, half.layer, train)
-    if self.executor == 'compact':
-      decided = tokens.capacity is not computed.capacity  # a decision states its capacity
-      tokens, lost = stream.compress(tokens)
+    if (
+      self.executor == 'compact' and tokens.capacity is not computed.capacity
+    ):  # a decision states its capacity
+      tokens, lost = stream.settled(tokens)
       overflow |= lost
-      if decided:
-        tokens, lost = stream.fit(tokens)
-        overflow |= lost
     if self.restore and tokens.x.shape[1] != slots:  # before slots are lost
       memory = {**memory, 'board': stream.restored(memory['board'], computed)}
     return tokens, memory, bias if tokens.x.shape[1] == slots else self.relative_bias(tokens), overflow

@@ -143,6 +143,13 @@ def room(capacity: int | None, n: int) -> int | None:
   return whole if whole < n else None
 
 
+def settled(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
+  """What a decision leaves, in the room that it states: `compress` and `fit`. Returns (tokens, overflow [b])."""
+  tokens, lost = compress(tokens)
+  tokens, stopped = fit(tokens)
+  return tokens, lost | stopped
+
+
 def compress(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
   """Gathers the stream into `capacity.slots`, if the last decision stated it. Returns (tokens, overflow [b])."""
   slots = room(tokens.capacity.slots, tokens.x.shape[1])
