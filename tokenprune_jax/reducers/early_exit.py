@@ -326,8 +326,7 @@ class Method(Reducer):
     if not self.layers:
       return tokens, memory
     staying, width = ~memory['exited'], tokens.x.shape[2]
-    ran = memory['exits_run'][:, None] == jnp.arange(1, len(self.layers) + 1)  # [b e], the exit before
-    before = (ran[..., None] * memory['logits']).sum(1)
+    before = (jax.nn.one_hot(memory['exits_run'] - 1, len(self.layers))[..., None] * memory['logits']).sum(1)
     # Examples that there was no room for keep what the exit before said.
     shares = bool(self.batch_capacities) and not train
     stopped = staying & (live(tokens) & (tokens.updated == 0)).any(-1) & shares

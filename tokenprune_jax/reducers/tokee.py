@@ -287,9 +287,9 @@ class Method(Reducer):
     there = live(tokens) & (tokens.position >= 0)  # a place left over may hold what was dropped
     first = tokens.carry['first'] & there
     rooms = (self.capacities or self.batch_capacities) and not train and 'exit_layers' not in memory
-    ran = tokens.updated > 0 if rooms else there
-    # Words that there was no room for keep what the exit before said of them.
-    stopped = word_exit.of_words(first & ~ran, first, word, length) & ~done
+    if rooms:  # words that there was none for keep what the exit before said of them
+      ran = tokens.updated > 0
+      stopped = word_exit.of_words(first & ~ran, first, word, length) & ~done
     if layer not in self.layers:
       if rooms:
         at = jnp.where(there & word_exit.to_pieces(stopped, word, False), tokens.position, length)
@@ -299,14 +299,15 @@ class Method(Reducer):
     pieces = self.exit[str(layer)](tokens.x.astype(jnp.float32), labels, train)
     logits = word_exit.of_words(pieces, first, word, length)
     sure = self.now(logits, word_exit.of_words(first, first, word, length), memory, layer, train)
-    new = (sure | stopped) & ~done
-    told = there & ran & ~word_exit.to_pieces(done, word, False)  # by this exit
+    new = (sure | stopped if rooms else sure) & ~done
+    told = there & ran & ~word_exit.to_pieces(done, word, False) if rooms else None
     done |= new
     real, waited = memory['word_valid'], ~memory['exited']
     exited = (done | ~real).all(-1) & real.any(-1) & (not train)
     # Who leaves is answered: the pieces of its words and, when an example ends here, what belongs to none.
     leaving = there & word_exit.to_pieces(new, word, exited[:, None])
-    places = (jnp.where(who, tokens.position, length) for who in (leaving, told))
+    at = jnp.where(leaving, tokens.position, length)
+    said = at if told is None else jnp.where(told, tokens.position, length)
     place = jax.nn.one_hot(memory['exits_run'], len(self.layers))
     memory = {
       **memory,
@@ -314,8 +315,8 @@ class Method(Reducer):
       'exits_run': memory['exits_run'] + 1,
       'word_done': done,
       'word_exit': jnp.where(new, layer, memory['word_exit']),
-      'answered': word_exit.put(memory['answered'], next(places), leaving),
-      'prediction': word_exit.put(memory['prediction'], next(places), pieces),
+      'answered': word_exit.put(memory['answered'], at, leaving),
+      'prediction': word_exit.put(memory['prediction'], said, pieces),
       'logits': memory['logits'] + place[..., None, None] * logits[:, None],
       'macs_exits': memory['macs_exits'] + (real & waited[:, None]).sum(-1) * tokens.x.shape[-1] * labels,
     }
