@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.reference import apply
+from tests.reference import apply, model_and_params, ragged_batch
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, families, models, train
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax import conversion, families, models, segments, train
+from tokenprune_jax import tokens as stream
+from tokenprune_jax.encoder import Encoder, EncoderConfig
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.reducer import Inputs, Reducer
 from tokenprune_jax.reducers import sttabt
+from tokenprune_jax.tokens import Capacity
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 RNGS = {'dropout': jax.random.key(0), 'reduce': jax.random.key(1)}
@@ -199,3 +202,29 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(official):
     make(factor=16).apply({'params': params}, batch)
   with pytest.raises(UserError, match="task.readout is 'mean', but this method leaves tokens for cls only"):
     make().clone(readout='mean').check()
+
+
+def test_rows_that_a_plan_has_no_room_for_leave_by_their_score():
+  """Already before the first block, whose plan is made first."""
+  length, room = 12, 5
+  batch = ragged_batch((length,), length)
+  model, params = model_and_params({'name': 'none'})
+  encoder = Encoder(model.config, Scored(room), 'compact')
+  given = {'params': segments.encoder_params(params)}
+  arrays = {name: jnp.asarray(batch[name]) for name in ('ids', 'mask', 'types')}
+  _, _, trace = encoder.apply(given, Inputs(**arrays, controls={}, labels=3, encoder=model.config))
+  tokens, _ = encoder.apply(
+    given, Inputs(**arrays, controls={}, labels=3, encoder=model.config), method='begin'
+  )
+  tokens, overflow = stream.settled(tokens)
+  assert np.flatnonzero(np.asarray(tokens.updated[0])).tolist() == [7, 8, 9, 10, 11] and bool(overflow[0])
+  assert float(trace.rows[0, 0]) == room and bool(trace.overflow[0])
+
+
+class Scored(Reducer):
+  """A plan that scores later tokens higher and has room for a few."""
+
+  room: int = 1
+
+  def start(self, tokens, inputs, train):
+    return tokens.replace(score=tokens.position.astype(jnp.float32), capacity=Capacity(rows=self.room)), {}
