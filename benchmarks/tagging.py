@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import accuracy, report, serving, text_pruning, text_times, turns
 from benchmarks.studies import Row
 from benchmarks.trained import Trained
-from tokenprune_jax import ladder, serve, timing, workdir
+from tokenprune_jax import ladder, serve, stages, timing, workdir
 
 DATASET = 'conll2003'
 SEEDS = (0, 1, 2)
@@ -177,20 +177,8 @@ def page(document: Mapping[str, Any]) -> str:
   every = document['rows']
   dense = seeds_of(every, 'dense', None)
   lines = [
-    [
-      '',
-      'budget',
-      'seeds',
-      'F1',
-      'F1 − dense',
-      'precision',
-      'recall',
-      'MACs',
-      'times dense',
-      'by `compact`',
-      'its F1',
-    ]
-  ]
+    ['', 'budget', 'seeds', 'F1', 'F1 − dense', 'precision', 'recall', 'MACs', 'times dense', 'by `compact`', 'its F1'],
+  ]  # fmt: skip
   for name, curve in CURVES.items():
     for budget in sorted(BUDGETS, reverse=True) if curve.run in SET else (None,):
       if found := seeds_of(every, name, budget):
@@ -277,11 +265,10 @@ def batched(requests: Sequence[Any], pad: int) -> dict[str, list[dict]]:
   }
 
 
-def sharing(point: Mapping[str, Any], trained: Trained) -> dict[str, Any]:
+def sharing(spec: Mapping[str, Any], trained: Trained) -> dict[str, Any]:
   """A point's reducer with the capacities that batches share."""
-  spec = {**point['reducer'], 'capacity_batch': SHARING, 'overflow_rate': OVERFLOW}
-  found = trained.validation(point['reducer']).calibrated(spec, lambda cost: cost.rows)
-  return {**spec, **found}
+  wanted = stages.sharing(spec, SHARING, OVERFLOW)
+  return stages.with_handed_on(wanted, stages.finish(wanted, trained.validation(spec)))
 
 
 def timed(study: Study, options: argparse.Namespace) -> None:
@@ -313,8 +300,10 @@ def timed(study: Study, options: argparse.Namespace) -> None:
       if point['budget'] in options.budgets and point['metrics']
     }
     if name in trained and points:
+      trained[name].buckets = fine(trained[name].buckets[-1])
+      batches = batched(requests, plain.config.pad_id)['bucketed_by_8']
       for label, point in points.items():
-        time_compact(study, label, point, trained[name], requests, best, options)
+        time_compact(study, label, point, trained[name], batches, best, options)
       time_served(study, points, trained[name], requests, best, options)
   best.give_up()
 
@@ -324,20 +313,18 @@ def time_compact(
   label: str,
   point: dict[str, Any],
   trained: Trained,
-  requests: Sequence[Any],
+  batches: Sequence[dict],
   best: turns.Turn,
   options: argparse.Namespace,
 ) -> None:
   """Writes a point's throughput and F1 in batches whose sentences share capacities."""
-  batches = batched(requests, trained.exported.config.pad_id)['bucketed_by_8']
-  spec = sharing(point, trained)
+  spec = sharing(point['reducer'], trained)
   model = trained.model(spec).clone(executor='compact')
   turn = turns.timed(
     label, functools.partial(timing.Forward, model, trained.params, batches), {best.name: best.program},
     options.repeats, options.allow_load,
   )  # fmt: skip
   turn.give_up()
-  trained.buckets = fine(trained.buckets[-1])
   scored = trained.evaluate(spec, executor='compact')
   compact = turns.compared(turn, turn.times[best.name]['seconds'], scored['mac_ratio'])
   point['compact'] = {**compact, 'f1': scored['metrics']['f1'], 'reducer': spec, 'commit': report.commit()}

@@ -267,7 +267,9 @@ def sharing(spec: Mapping[str, Any], size: int, overflow_rate: float) -> dict[st
 
   Raises UserError where no member's examples stop in numbers of their own.
   """
-  able = [member['name'] for member in members(spec) if 'capacity_batch' in whole_spec(member)]
+  able = [
+    member['name'] for member in members(spec) if hasattr(module(member['name']).Method, 'capacity_batch')
+  ]
   if not able:
     raise UserError(
       f'{spec["name"]} has no capacities that a batch could share: its examples do not stop by themselves'
