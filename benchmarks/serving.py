@@ -64,19 +64,14 @@ def documents(dataset: str, weights: Any, count: int) -> tuple[list[np.ndarray],
 def batch_of(rows: Sequence[Any], slots: int, count: int, pad: int) -> dict[str, np.ndarray]:
   """Documents side by side, `count` rows of `slots`: token ids, or requests {'ids', 'words'} as a server takes them."""
   ids, mask = np.full((count, slots), pad, np.int32), np.zeros((count, slots), bool)
-  words = np.full((count, slots), -1, np.int32)
-  for i, row in enumerate(rows):
-    tokens = tokens_of(row)
+  for i, tokens in enumerate(map(timing.tokens_of, rows)):
     ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, True
-    if tokens is not row:
-      words[i, : len(tokens)] = row['words']
   batch = {'ids': ids, 'mask': mask, 'types': np.zeros_like(ids)}
-  return {**batch, 'words': words} if isinstance(rows[0], Mapping) else batch
-
-
-def tokens_of(row: Any) -> Any:
-  """The token ids of a request."""
-  return row['ids'] if isinstance(row, Mapping) else row
+  if isinstance(rows[0], Mapping):
+    batch['words'] = np.full_like(ids, -1)
+    for i, row in enumerate(rows):
+      batch['words'][i, : len(row['words'])] = row['words']
+  return batch
 
 
 def arriving(served: timing.Served, rate: float, at_least: float = SUSTAINED) -> dict[str, float]:
@@ -117,11 +112,11 @@ def dense_batches(
   rows: Sequence[Any], ladder: serve.Ladder, pad: int, size: int = BATCH
 ) -> dict[str, list[dict]]:
   """{padded, bucketed}: the documents (see `batch_of`) in batches of at most `size`."""
-  longest = ladder.slots(max(len(tokens_of(row)) for row in rows))
+  longest = ladder.slots(max(len(timing.tokens_of(row)) for row in rows))
   padded = [batch_of(rows[i : i + size], longest, size, pad) for i in range(0, len(rows), size)]
   bucketed = []
   for slots in ladder.lengths:
-    members = [row for row in rows if ladder.slots(len(tokens_of(row))) == slots]
+    members = [row for row in rows if ladder.slots(len(timing.tokens_of(row))) == slots]
     while members:  # the last batch of a bucket is as small as it can be
       count = min(size, 1 << (len(members).bit_length() - 1))
       bucketed.append(batch_of(members[:count], slots, count, pad))

@@ -255,7 +255,7 @@ def fine(longest: int) -> tuple[int, ...]:
 
 def batched(requests: Sequence[Any], pad: int) -> dict[str, list[dict]]:
   """Sentences in batches by length, as the other studies make them and in finer steps."""
-  longest = max(len(serving.tokens_of(request)) for request in requests)
+  longest = max(len(timing.tokens_of(request)) for request in requests)
   steps = {'bucketed': ladder.LENGTHS, 'bucketed_by_8': fine(longest)}
   return {
     name: serving.dense_batches(requests, ladder.Ladder(lengths).settled(longest), pad, text_times.SIZE)[

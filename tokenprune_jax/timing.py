@@ -94,7 +94,7 @@ class Served:
     rows: Sequence[Any],
     controls: Mapping[str, float] | None = None,
   ):
-    longest = max(len(row['ids'] if isinstance(row, Mapping) else row) for row in rows)
+    longest = max(len(tokens_of(row)) for row in rows)
     lengths = (*(n for n in ladder.LENGTHS if n < longest), longest)
     self.rows = rows
     self.server = serve.Server(model, params, ladder=ladder.Ladder(lengths), controls=controls)
@@ -111,6 +111,11 @@ class Served:
   def close(self) -> None:
     """Ends the server."""
     self.server.close()
+
+
+def tokens_of(row: Any) -> Any:
+  """The token ids of a request."""
+  return row['ids'] if isinstance(row, Mapping) else row
 
 
 def rows_of(batches: Sequence[Batch]) -> list[Any]:
