@@ -25,10 +25,10 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, report, serving, text_pruning, text_times, turns
+from benchmarks import accuracy, report, serving, shared, text_pruning, text_times, turns
 from benchmarks.studies import Row
 from benchmarks.trained import Trained
-from tokenprune_jax import ladder, serve, stages, timing, workdir
+from tokenprune_jax import ladder, serve, timing, workdir
 
 DATASET = 'conll2003'
 SEEDS = (0, 1, 2)
@@ -41,8 +41,6 @@ BUDGETS = (
 )  # shares of dense's multiply-adds, in the order in which they are worth having
 FOUND_ON = 512  # validation sentences that a budget is met on
 STEP = 8  # of the lengths of batches
-SHARING = 8  # sentences, or more, that share capacities
-OVERFLOW = 0.5  # share of batches that a shared capacity may be too small for
 
 
 class Curve(NamedTuple):
@@ -191,7 +189,7 @@ def page(document: Mapping[str, Any]) -> str:
           curve.title, '–' if budget is None else f'{budget}', str(len(found)), scores[0],
           f'{100 * np.mean(apart):+.2f}' if apart and name != 'dense' else '–', *scores[1:],
           report.number(report.mean([point['mac_ratio'] for point in found])), report.number(cost(found, 'time_ratio')),
-          *by_compact(found[0].get('compact')),
+          *shared.cells(found[0].get('compact')),
         ])  # fmt: skip
   missing = collections.Counter((point['name'], point['reason']) for point in every if not point['metrics'])
   absent = '\n'.join(f'- {name}: {count} ({reason})' for (name, reason), count in missing.items())
@@ -207,11 +205,6 @@ def page(document: Mapping[str, Any]) -> str:
     *(['## Points without a number\n\n' + absent + '\n'] if absent else []),
     report.origin(document),
   ])  # fmt: skip
-
-
-def by_compact(found: Mapping[str, Any] | None) -> tuple[str, str]:
-  """The cells of a point's throughput and F1 under `compact`."""
-  return (f'{found["time_ratio"]:.2f}', f'{100 * found["f1"]:.1f}') if found else ('–', '–')
 
 
 def cost(points: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -233,13 +226,8 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, lab
         yerr=[100 * (score['std'] or 0) for score in scores], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
         linewidth=1.4, label=curve.title, **report.look(place),
       )  # fmt: skip
-    own = (found[0]['compact'] for found in found if found and found[0].get('compact'))
-    shared = sorted((one['time_ratio'], 100 * one['f1']) for one in own)
-    if shared and name == 'time_ratio':
-      axes.plot(
-        *zip(*shared), linestyle='--', linewidth=1.4, markersize=7, markerfacecolor='none',
-        label=f'{curve.title}, compact', **report.look(place),
-      )  # fmt: skip
+    if name == 'time_ratio':
+      shared.line(axes, [found[0] for found in found if found], curve.title, report.look(place))
   if dense := seeds_of(points, 'dense', None):
     report.level(axes, 100 * float(np.mean([point['metrics']['f1'] for point in dense])))
   report.legend(axes)
@@ -263,12 +251,6 @@ def batched(requests: Sequence[Any], pad: int) -> dict[str, list[dict]]:
     ]
     for name, lengths in steps.items()
   }
-
-
-def sharing(spec: Mapping[str, Any], trained: Trained) -> dict[str, Any]:
-  """A point's reducer with the capacities that batches share."""
-  wanted = stages.sharing(spec, SHARING, OVERFLOW)
-  return stages.with_handed_on(wanted, stages.finish(wanted, trained.validation(spec)))
 
 
 def timed(study: Study, options: argparse.Namespace) -> None:
@@ -303,33 +285,10 @@ def timed(study: Study, options: argparse.Namespace) -> None:
       trained[name].buckets = fine(trained[name].buckets[-1])
       batches = batched(requests, plain.config.pad_id)['bucketed_by_8']
       for label, point in points.items():
-        time_compact(study, label, point, trained[name], batches, best, options)
+        shared.measure(label, point, trained[name], batches, best, options.repeats, options.allow_load)
+        study.save()
       time_served(study, points, trained[name], requests, best, options)
   best.give_up()
-
-
-def time_compact(
-  study: Study,
-  label: str,
-  point: dict[str, Any],
-  trained: Trained,
-  batches: Sequence[dict],
-  best: turns.Turn,
-  options: argparse.Namespace,
-) -> None:
-  """Writes a point's throughput and F1 in batches whose sentences share capacities."""
-  spec = sharing(point['reducer'], trained)
-  model = trained.model(spec).clone(executor='compact')
-  turn = turns.timed(
-    label, functools.partial(timing.Forward, model, trained.params, batches), {best.name: best.program},
-    options.repeats, options.allow_load,
-  )  # fmt: skip
-  turn.give_up()
-  scored = trained.evaluate(spec, executor='compact')
-  compact = turns.compared(turn, turn.times[best.name]['seconds'], scored['mac_ratio'])
-  point['compact'] = {**compact, 'f1': scored['metrics']['f1'], 'reducer': spec, 'commit': report.commit()}
-  print(f'{label}, compact: F1 {scored["metrics"]["f1"]:.4f}, {compact["time_ratio"]:.2f} times', flush=True)
-  study.save()
 
 
 def time_served(

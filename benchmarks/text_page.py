@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import report
+from benchmarks import report, shared
 from benchmarks.text_runs import (
   CORPORA,
   KEEP,
@@ -70,18 +70,24 @@ def speed_of(points: Sequence[Mapping[str, Any]]) -> float | None:
 
 def trained_table(document: Mapping[str, Any], plan: Plan, dataset: str) -> str:
   """Every method as trained, then at the budgets that it was set to."""
+  by_compact = any(row.get('compact') for row in document['rows'])
   head = ['', 'budget', 'seeds', 'accuracy', 'accuracy − dense [95%]', 'no worse', 'keys kept', 'MACs', 'times dense',
-          'the paper']  # fmt: skip
+          *(['by compact', 'accuracy'] if by_compact else []), 'the paper']  # fmt: skip
   dense = dense_points(document, dataset)
   lines, chosen = [head], best_on_validation(document, plan, dataset)
-  lines += [['dense', '–', *line_of(dense, dense), '']] if dense else []
+
+  def cells(points):
+    return shared.cells(points[0].get('compact')) if by_compact else ()
+
+  lines += [['dense', '–', *line_of(dense, dense), *cells(dense), '']] if dense else []
   for name, method in METHODS.items():
     for budget in (None, *sorted(plan.budgets, reverse=True)):
       points = of(document, dataset, name, 'trained' if budget is None else 'set', budget)
       if points:
         title = method.title + (' *chosen on validation*' if name == chosen and budget is None else '')
         paper = PAPERS.get((dataset, name), '') if budget is None else ''
-        lines.append([title, 'as trained' if budget is None else f'{budget}', *line_of(points, dense), paper])
+        asked = 'as trained' if budget is None else f'{budget}'
+        lines.append([title, asked, *line_of(points, dense), *cells(points), paper])
   return report.table(lines)
 
 
@@ -167,8 +173,10 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
   parts = [
     f'# {plan.title}\n\nMiniLM-L6 (6 x 384) where no other is named, [CLS] read-out; all start from the same dense '
     'fine-tunes. Accuracy on the test split, in percent; MACs and keys kept count real tokens. *times dense*: '
-    'throughput of seed 0 on the clock, beside the fastest dense. *the paper*: its accuracy (and dense beside it) at '
-    'its share of the cost, of a model twice as deep and twice as wide. *Distilled with states*, as students are: the last '
+    'throughput of seed 0 on the clock, beside the fastest dense; *by compact*, of what exits: in batches by '
+    'length that share capacities, which change the accuracy where examples find no room. *the paper*: its accuracy (and '
+    'dense beside it) at its share of the cost, of a model twice as deep and twice as wide. *Distilled with states*, as '
+    'students are: the last '
     f"stage has {LONG} epochs, where the methods' own recipes have 1 or 2.\n"
   ]
   for dataset in plan.seeds:
@@ -241,6 +249,8 @@ def plot(
     spots = sorted(
       (x, *gain_of(points, dense)) for points in found if points and (x := cost(points)) is not None
     )
+    if cost is speed_of:
+      shared.line(axes, [points[0] for points in found if points], METHODS[name].title, report.look(place))
     if spots:
       x, mean, low, high = (np.array(column) for column in zip(*spots))
       axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,

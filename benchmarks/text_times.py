@@ -4,8 +4,9 @@
                                     [--documents=256] [--repeats=5] [--runs=runs] [--results=results]
 
 Runs of seed 0, as trained and at some of the study's budgets, float32, on test texts at their real lengths: fixed counts by
-the executor `compact` on batches by length, the others by `serve`, everything on the host included. Each runs in
-turns with dense, which is the fastest of three ways to run it. The times go into the points of results/STUDY.json,
+the executor `compact` on batches by length, the others by `serve`, everything on the host included, and those whose
+examples exit by `compact` too, in batches that share capacities. Each runs in turns with dense, which is the fastest of
+three ways to run it. The times go into the points of results/STUDY.json,
 and the table and plots are drawn again. Training nothing: what benchmarks/text_pruning.py has not run is left out.
 """
 
@@ -23,10 +24,10 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import report, serving, speed, text_pruning, turns
+from benchmarks import report, serving, shared, speed, text_pruning, turns
 from benchmarks.text_runs import METHODS, PLANS, dense_row
 from benchmarks.trained import Trained
-from tokenprune_jax import serve, timing, workdir
+from tokenprune_jax import serve, stages, timing, workdir
 
 SIZE = 32  # rows of a batch
 
@@ -84,6 +85,11 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
   makers = {label(point): functools.partial(program, point, trained) for point, trained in waiting[1:]}
   for turn in turns.one_by_one(makers, {best.name: best.program}, options.repeats, options.allow_load):
     write(study, points[turn.name], turn, best.name, macs[turn.name], len(rows), dataset)
+  for point, trained in waiting[1:]:
+    if stages.sharers(point['reducer']):
+      name = f'{dataset} {label(point)}'
+      shared.measure(name, point, trained, batches, best, options.repeats, options.allow_load)
+      workdir.write_json(study.path, study.document)
   best.give_up()
 
 

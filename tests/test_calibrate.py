@@ -42,10 +42,10 @@ def test_capacities_that_batches_share_are_found_with_the_setting(run, tmp_path,
   wanted = tiny_config(reducer=exits, data__valid_limit=48)
   wanted['stages'] = ({'name': 'exits', 'epochs': 1, 'objective': 'exits_joint'},)
   train.run(wanted, tmp_path / 'run')
-  assert calibrate.main([f'--run={tmp_path / "run"}', '--macs=0.8', '--batch=4', '--overflow=0.1']) == 0
+  assert calibrate.main([f'--run={tmp_path / "run"}', '--macs=0.8', '--batch=4', '--overflow=0.6']) == 0
   found = pretrained.load_exported(tmp_path / 'run' / 'calibrated').reducer_spec
-  assert found['capacity_batch'] == 4 and all(len(shares) == 2 for _, shares in found['batch_capacities'])
-  assert any(shares[1] < 0.9 for _, shares in found['batch_capacities'])
+  [(longest, slots, examples)] = found['batch_capacities']
+  assert found['capacity_batch'] == 4 and longest <= 32 and max(slots[1], examples[1]) < 0.9
   texts = [f'some text of {i} words' for i in range(8)]
   model = tokenprune_jax.load(tmp_path / 'run' / 'calibrated')
   shared, alone = (model.predict(texts, batch_size=size) for size in (8, 1))

@@ -1,6 +1,7 @@
 """Capacities that the examples of a batch share, where examples or words stop in numbers of their own."""
 
 import json
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,13 @@ SPECS = {
   'words': TOKEE,
   'sentences': {**TOKEE, 'level': 'sentence', 'threshold': 0.96},
   'exits': {**EXITS, 'layers': (1, 2, 3), 'threshold': 0.95},
+  'pruned exits': {
+    'name': 'chain',
+    'reducers': (
+      settings('topk', 'TINY'),
+      {**EXITS, 'layers': (1, 2, 3), 'threshold': 0.95, 'head': 'mixed'},
+    ),
+  },
 }
 
 
@@ -33,10 +41,11 @@ def shares(counts):
   return tuple((np.maximum(counts, 1) / (len(LENGTHS) * 14)).tolist())
 
 
-def sharing(spec, rows):
-  """The model under `compact` whose batches of 4 share so many slots by layer."""
-  fields = {'batch_capacities': ((14, shares(rows)),), 'capacity_batch': 4}
-  return model_of({**spec, **fields}).clone(executor='compact').check()
+def sharing(spec, rows, examples=(4, 4, 4, 4)):
+  """The model under `compact` whose batches of 4 share so many slots, and examples, by layer."""
+  fields = {'batch_capacities': ((14, shares(rows), tuple(n / 4 for n in examples)),), 'capacity_batch': 4}
+  spec = stages.with_handed_on(spec, dict.fromkeys(('tokee', 'early_exit'), fields))
+  return model_of(spec).clone(executor='compact').check()
 
 
 @pytest.mark.parametrize('name', SPECS)
@@ -44,12 +53,13 @@ def test_what_fits_changes_nothing_and_what_does_not_is_flagged(name):
   spec = SPECS[name]
   plain, params = model_and_params(spec)
   masked = apply(plain, params, BATCH)
-  rows = np.asarray(masked.trace.rows).sum(0)
-  assert 0 < rows[-1] < sum(LENGTHS)  # some have left
-  found = apply(sharing(spec, rows), params, BATCH)
+  rows = np.asarray(masked.trace.queries)
+  rows, examples = rows.sum(0), np.maximum((rows > 0).sum(0), 1)
+  assert 0 < rows[-1] < sum(LENGTHS) and examples[-1] < 4  # some have left
+  found = apply(sharing(spec, rows, examples), params, BATCH)
   close(masked.logits, found.logits)
-  close(masked.trace.rows, found.trace.rows)
-  assert not np.asarray(found.trace.overflow).any()
+  for one, other in zip(jax.tree.leaves(masked.trace), jax.tree.leaves(found.trace)):
+    np.testing.assert_allclose(one, other, 1e-5, 1e-5)
   tight = apply(sharing(spec, rows - [0, 1, 1, 1]), params, BATCH)
   lost = np.asarray(tight.trace.overflow)
   assert 0 < lost.sum() < len(LENGTHS)  # who has lost a row; the others do not notice
@@ -62,11 +72,11 @@ def test_what_fits_changes_nothing_and_what_does_not_is_flagged(name):
 def test_what_has_left_is_not_computed():
   plain, params = model_and_params(TOKEE)
   rows = np.asarray(apply(plain, params, BATCH).trace.rows).sum(0)
-  cost, whole = (
-    jax.jit(model.apply).lower({'params': params}, BATCH).cost_analysis()['flops']
-    for model in (sharing(TOKEE, rows), plain)
+  models = plain, sharing(TOKEE, rows), sharing(TOKEE, rows, (4, 3, 2, 1))
+  whole, cost, least = (
+    jax.jit(model.apply).lower({'params': params}, BATCH).cost_analysis()['flops'] for model in models
   )
-  assert cost < 0.9 * whole
+  assert cost < 0.9 * whole and least < 0.9 * cost  # of who leaves altogether no keys are computed either
 
 
 def test_a_smaller_batch_is_computed_whole():
@@ -84,7 +94,7 @@ def test_the_surest_words_halt_where_there_is_no_room():
   spec = {
     **TOKEE,
     'threshold': 0.0,
-    'batch_capacities': ((14, (room,) * 4),),
+    'batch_capacities': ((14, (room,) * 4, (1.0,) * 4),),
     'capacity_batch': 4,
   }
   found = apply(model_of(spec).clone(executor='compact'), params, BATCH)
@@ -103,21 +113,35 @@ def test_the_surest_words_halt_where_there_is_no_room():
   assert (going[:, 0] == LENGTHS).all() and (going.sum(0)[1:] == 20).all()
 
 
-def test_examples_that_there_is_no_room_for_have_the_answer_of_their_last_exit():
-  plain, params = model_and_params({**SPECS['exits'], 'threshold': 0.0})
+@pytest.mark.parametrize(('rows', 'examples'), [(16, 4), (56, 2)])
+def test_examples_that_there_is_no_room_for_have_the_answer_of_their_last_exit(rows, examples):
+  spec = {**SPECS['exits'], 'threshold': 0.0}  # nobody exits by itself
+  plain, params = model_and_params(spec)
   whole = apply(plain, params, BATCH)
-  room = 16 / (len(LENGTHS) * 14)
-  fields = {'threshold': 0.0, 'batch_capacities': ((14, (1.0, room, room, room)),), 'capacity_batch': 4}
-  found = apply(model_of({**SPECS['exits'], **fields}).clone(executor='compact'), params, BATCH)
+  found = apply(sharing(spec, np.full(4, rows), (4, *[examples] * 3)), params, BATCH)
   doubt = np.asarray(early_exit.uncertainty(whole.exits[:, 0]))
-  left = 16 - np.cumsum(np.array(LENGTHS)[np.argsort(-doubt)])
-  stay = np.argsort(-doubt)[left >= 0]
+  left = rows - np.cumsum(np.array(LENGTHS)[np.argsort(-doubt)])
+  stay = np.argsort(-doubt)[left >= 0][:examples]
   for i in range(len(LENGTHS)):
     close(found.logits[i], whole.logits[i] if i in stay else whole.exits[i, 0])
   assert 0 < len(stay) < len(LENGTHS)
+  np.testing.assert_array_equal(found.trace.overflow, ~np.isin(np.arange(4), stay))
 
 
-def test_shared_capacities_hold_what_neighbours_by_length_need():
+def test_tags_of_a_sentence_that_there_is_no_room_for_are_those_of_its_last_exit():
+  spec = {**TOKEE, 'threshold': 0.0}
+  plain, params = model_and_params(spec)
+  whole = apply(plain, params, BATCH)
+  found = apply(sharing(spec, np.full(4, 56), (4, 3, 3, 3)), params, BATCH)
+  [out] = np.flatnonzero(found.trace.overflow)
+  tagged = np.asarray(apply(plain, params, BATCH).exits)[:, 0]  # of words, by the first exit
+  for i in range(len(LENGTHS)):
+    first = np.flatnonzero(FIRST[i])
+    at_exit = tagged[i, BATCH['words'][i, first]]
+    close(np.asarray(found.logits)[i, first], at_exit if i == out else np.asarray(whole.logits)[i, first])
+
+
+def test_shared_capacities_hold_what_neighbours_by_length_need(monkeypatch):
   spec = {**TOKEE, 'overflow_rate': 0.5, 'capacity_batch': 2}
   model, params = model_and_params(spec)
   halves = [
@@ -127,20 +151,25 @@ def test_shared_capacities_hold_what_neighbours_by_length_need():
   validation = stages.Validation(
     lambda batch: apply(model, params, batch), lambda: iter(halves), encoder=model.config
   )
-  [short, long] = validation.calibrated(spec, lambda cost: cost.rows)['batch_capacities']
+  queries = operator.attrgetter('queries')
+  [whole] = validation.calibrated(spec, queries)['batch_capacities']
+  assert whole[0] == 14  # three examples are too few for spans of lengths
+  monkeypatch.setattr(stages, 'SPAN_BATCHES', 0.5)
+  short, long = validation.calibrated(spec, queries)['batch_capacities']
   trace = apply(model, params, BATCH).trace
   assert (short[0], long[0]) == (9, 14)
   counts = np.asarray(trace.rows)
   np.testing.assert_allclose(short[1], np.maximum((counts[2] + counts[1]) / (2 * 9), 1e-6), rtol=1e-6)
   np.testing.assert_allclose(long[1], np.maximum((counts[1] + counts[0]) / (2 * 14), 1e-6), rtol=1e-6)
+  np.testing.assert_allclose(long[2], np.maximum((counts[:2] > 0).mean(0), 1e-6), rtol=1e-6)
 
 
 def test_a_batch_has_the_room_of_its_length():
-  entries = ((8, (0.25,) * 4), (16, (0.5,) * 4))
+  entries = ((8, (0.25,) * 4, (0.5,) * 4), (16, (0.5,) * 4, (0.7,) * 4))
   method = make_reducer({**TOKEE, 'capacity_batch': 4, 'batch_capacities': entries})
-  for length, rows in ((6, 6), (8, 8), (9, 18), (40, 80)):
-    assert schedule.batch_rows(method, 1, 4, length) == rows
-  assert schedule.batch_rows(method, 1, 3, 8) is None
+  for length, rows, examples in ((6, 6, 2), (8, 8, 2), (9, 18, 3), (40, 80, 3)):
+    assert schedule.shared(method, 1, 4, length) == {'batch_rows': rows, 'examples': examples}
+  assert schedule.shared(method, 1, 3, 8) == {}
   read = make_reducer({**TOKEE, 'capacity_batch': 4, 'batch_capacities': json.loads(json.dumps(entries))})
   assert read == method and hash(read) == hash(method)
 
@@ -150,9 +179,9 @@ def test_a_batch_has_the_room_of_its_length():
   [
     ({**TOKEE, 'capacity_batch': -1}, 'capacity_batch is -1; it is how many examples share'),
     ({**TOKEE, 'capacity_batch': 2.5}, 'capacity_batch is 2.5'),
-    ({**TOKEE, 'batch_capacities': ((8, (0.5,) * 4),)}, 'batch_capacities go with capacity_batch'),
-    ({**TOKEE, 'batch_capacities': (0.5, 0.5), 'capacity_batch': 2}, r'expected entries \(length, shares by layer'),
-    ({**TOKEE, 'batch_capacities': ((8, (0.5,)),), 'capacity_batch': 2}, 'batch_capacities needs 4 shares'),
+    ({**TOKEE, 'batch_capacities': ((8, (0.5,) * 4, (1.0,) * 4),)}, 'batch_capacities go with capacity_batch'),
+    ({**TOKEE, 'batch_capacities': ((8, (0.5,) * 4),), 'capacity_batch': 2}, r'expected entries \(length, shares of'),
+    ({**TOKEE, 'batch_capacities': ((8, (0.5,) * 4, (1.0,)),), 'capacity_batch': 2}, 'batch_capacities needs 4 shares'),
     ({**EXITS, 'overflow_rate': 0.1}, 'overflow_rate goes with capacity_batch'),
     ({**EXITS, 'overflow_rate': 0.1, 'capacity_batch': 4, 'fit_temperatures': True}, 'in a stage after it'),
   ],

@@ -233,10 +233,15 @@ def test_exits_are_a_study_of_their_own(study, tmp_path, monkeypatch):
   monkeypatch.setattr(text_page, 'plots', lambda *_: None)
   assert study('--study=exits', '--rows=2') == ['ag_news/dense-seed0', 'ag_news/ltp-seed0']
   text = (tmp_path / 'exits.md').read_text()
-  assert '## Rotten Tomatoes' in text and 'Without training' not in text
-  told = text.split('by length')[1]
+  assert '## Rotten Tomatoes' in text and 'Without training' not in text and '| by compact |' not in text
+  told = text.split('multiply-adds by length')[1]
   assert '1 to 35 tokens (26)' in told and 'more than 70 tokens (59)' in told
   assert told.splitlines()[4].startswith('| LTP | 0.40 |') and told.splitlines()[4].count('(1.00)') == 3
+  document = json.loads((tmp_path / 'exits.json').read_text())
+  point = next(row for row in document['rows'] if row['name'] == 'ltp' and row['budget'] == 0.4)
+  point['compact'] = {'time_ratio': 3.25, 'accuracy': 0.875}
+  lines = text_page.page(document, text_runs.PLANS['exits'], 'exits').splitlines()
+  assert [line for line in lines if '| 3.25 | 87.5 |' in line][0].startswith('| LTP | 0.4 |')
   rows = list(text_runs.rows(text_runs.PLANS['exits']))
   large = [row for row in rows if row.dataset == 'ag_mpnet']
   assert [row.name for row in large] == ['dense', 'fastbert', 'pyramid_fastbert'] and large[

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from tokenprune_jax import attention
+from tokenprune_jax import attention, leaving
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.grouping import group_rows, in_groups
 from tokenprune_jax.layers import ACTIVATIONS, Dense, Dropout, Norm, joint
+from tokenprune_jax.leaving import EVERYONE
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
@@ -347,14 +348,15 @@ class Encoder(nn.Module):
     tokens, memory = self.begin(inputs, train)
     real = inputs.mask.sum(-1, dtype=jnp.float32)
     slots = real + tokens.added
-    overflow, counts = jnp.zeros(b, bool), {}
+    overflow, counts, present = jnp.zeros(b, bool), {}, EVERYONE
     if self.executor == 'compact':
       tokens, overflow = stream.settled(tokens)
     bias = self.relative_bias(tokens)
     for half in self.halves():
-      counts[half] = self.count(tokens, half)
-      tokens, memory, bias, lost = self.advance(tokens, memory, bias, half, train)
+      counts[half] = present.spread(self.count(tokens, half), b)
+      tokens, memory, bias, present, lost = self.advance(tokens, memory, bias, half, train, present)
       overflow |= lost
+    tokens, memory = present.spread(tokens, b), present.whole(memory)
     if self.is_initializing():  # a replaced block stays in the tree, so that one backbone fits every method
       for l in set(range(1, self.config.depth + 1)) - set(self.reducer.blocks(self.config.depth)):
         self.block[str(l)].feed_forward(self.block[str(l)].attend(tokens, None, (), False)[0], False)
@@ -373,9 +375,12 @@ class Encoder(nn.Module):
     tokens, memory = self.reducer.start(tokens, inputs, train)
     return tokens, {**memory, **board}
 
-  def advance(self, tokens: Tokens, memory: Memory, bias, half: Half, train: bool = False):
-    """One half of a block, the method's hook and, under `compact`, removal: (tokens, memory, bias, overflow [b])."""
-    block, slots = self.block[str(half.layer)], tokens.x.shape[1]
+  def advance(self, tokens: Tokens, memory: Memory, bias, half: Half, train: bool = False, present=EVERYONE):
+    """One half of a block, the method's hook and, under `compact`, removal.
+
+    Returns (tokens, memory, bias, present, overflow [b]), all but the last of the examples that are `present` then.
+    """
+    block, shape, batch = self.block[str(half.layer)], tokens.x.shape, tokens.batch
     if half.attention:
       computed, evidence, overflow = block.attend(tokens, bias, self.reducer.reads(half.layer), train)
       tokens, memory = self.reducer.after_attention(computed, memory, evidence, half.layer)
@@ -383,21 +388,29 @@ class Encoder(nn.Module):
       computed, overflow = block.feed_forward(tokens, train)
       computed = block.renormed(computed)
       tokens, memory = self.reducer.after_block(computed, memory, half.layer, train)
+    memory, overflow = self.noted(memory, computed, tokens), present.spread(overflow, batch)
     if (
       self.executor == 'compact' and tokens.capacity is not computed.capacity
     ):  # a decision states its capacity
-      tokens, lost = stream.settled(tokens)
-      overflow |= lost
-    if self.restore and tokens.x.shape[1] != slots:  # before slots are lost
-      memory = {**memory, 'board': stream.restored(memory['board'], computed)}
-    return tokens, memory, bias if tokens.x.shape[1] == slots else self.relative_bias(tokens), overflow
+      here, (tokens, memory, present, lost) = present, leaving.depart(tokens, memory, present)
+      overflow |= here.spread(lost, batch)
+      before, (tokens, lost) = tokens, stream.settled(tokens)
+      memory, overflow = self.noted(memory, before, tokens), overflow | present.spread(lost, batch)
+    same = tokens.x.shape == shape
+    return tokens, memory, bias if same else self.relative_bias(tokens), present, overflow
+
+  def noted(self, memory: Memory, before: Tokens, after: Tokens) -> Memory:
+    """The memory with the states of slots that are lost between the two."""
+    if not self.restore or before.x.shape == after.x.shape:
+      return memory
+    return {**memory, 'board': stream.restored(memory['board'], before)}
 
   def segment(self, tokens: Tokens, memory: Memory, halves: tuple[Half, ...]):
     """Several halves at inference: (tokens, memory, {half: counts})."""
     bias, counts = self.relative_bias(tokens), {}
     for half in halves:
       counts[half] = self.count(tokens, half)
-      tokens, memory, bias, _ = self.advance(tokens, memory, bias, half)
+      tokens, memory, bias, _, _ = self.advance(tokens, memory, bias, half)
     return tokens, memory, counts
 
   def count(self, tokens: Tokens, half: Half) -> dict[str, Array]:

@@ -39,16 +39,17 @@ def places(share: float, length: int) -> int:
   return max(math.ceil(share * length - 1e-6), 1)
 
 
-def batch_rows(method: Any, layer: int, examples: int, length: int) -> int | None:
-  """Rows that a batch shares behind a layer, by a method's `batch_capacities` (`stages.Validation.batch_capacities`).
+def shared(method: Any, layer: int, batch: int, length: int) -> dict[str, int]:
+  """What a batch shares behind a layer, by a method's `batch_capacities` (`stages.Validation.batch_capacities`).
 
-  None where it has none, or where fewer than its `capacity_batch` examples would share. length: what they are padded to.
+  Fields of a `Capacity`; none where the method has none, or where fewer than its `capacity_batch` examples would share.
+  batch: examples, also those that have left. length: what they are padded to.
   """
   entries = method.batch_capacities
-  if not entries or examples < method.capacity_batch:
-    return None
-  shares = next((shares for bound, shares in entries if length <= bound), entries[-1][1])
-  return places(shares[layer], examples * length)
+  if not entries or batch < method.capacity_batch:
+    return {}
+  _, slots, examples = next((entry for entry in entries if length <= entry[0]), entries[-1])
+  return {'batch_rows': places(slots[layer], batch * length), 'examples': places(examples[layer], batch)}
 
 
 def check_shares(key: str, shares: Sequence[float], depth: int) -> None:
@@ -85,6 +86,10 @@ def check_batch_capacities(batch_capacities: Sequence[Any], capacity_batch: int,
   if batch_capacities and not capacity_batch:
     raise UserError('reducer.batch_capacities go with capacity_batch, how many examples share them')
   for entry in batch_capacities:
-    if not isinstance(entry, tuple) or len(entry) != 2:
-      raise UserError(f'reducer.batch_capacities holds {entry!r}; expected entries (length, shares by layer)')
-    check_shares('reducer.batch_capacities', entry[1], depth)
+    if not isinstance(entry, tuple) or len(entry) != 3:
+      raise UserError(
+        f'reducer.batch_capacities holds {entry!r}; expected entries (length, shares of the slots by layer, shares of the '
+        'examples by layer), as calibrate finds them'
+      )
+    for shares in entry[1:]:
+      check_shares('reducer.batch_capacities', shares, depth)

@@ -163,10 +163,10 @@ def half_macs(model: Classifier, columns: Mapping[str, Array]) -> Array:
 def counted(model: Classifier, tokens: Tokens) -> Tokens:
   """Live slots in front, where any are gone, and the method's hints about counts forgotten: the host has counted."""
   if not model.reducer.shortens():
-    return tokens.replace(score=None, capacity=Capacity())
+    return tokens.replace(score=None, batch=0, capacity=Capacity())
   if tokens.x.shape[1] > tokens.added:
     tokens, _ = stream.gather_live(tokens.replace(score=None), tokens.x.shape[1])
-  return tokens.replace(score=None, moved=True, capacity=Capacity())
+  return tokens.replace(score=None, moved=True, batch=0, capacity=Capacity())
 
 
 def fill(room: State, source: State, which: Int[Array, 'b']) -> State:

@@ -39,7 +39,8 @@ CAPACITIES = (
   'batch_capacities',
   'overflow_rate',
 )  # fields that `mask` does not read
-SPANS = 8  # of lengths, that batches may need capacities of their own in
+SPANS = 8  # of lengths, at most, that batches may need capacities of their own in
+SPAN_BATCHES = 8  # that there are of a span, at least: from fewer it would be known by chance
 DISTILLATIONS = ('distil', 'distil_states')  # objectives that ask a teacher for its answers alone: `answers`
 
 Apply = Callable[..., Output]  # (params, batch, rng=None)
@@ -53,13 +54,14 @@ class Cost(NamedTuple):
   dense_macs: jax.Array
   keys: jax.Array
   widest: jax.Array
+  queries: jax.Array
   rows: jax.Array
 
 
 def cost_of(output: Output) -> Cost:
   """Without the answers. Under jit, what they alone need is not computed: of a plan made beforehand, all of the encoder."""
   trace = output.trace
-  return Cost(output.macs, output.dense_macs, trace.keys, trace.widest, trace.rows)
+  return Cost(output.macs, output.dense_macs, trace.keys, trace.widest, trace.queries, trace.rows)
 
 
 def programs(model: Classifier) -> tuple[Callable[..., Output], Callable[..., Cost]]:
@@ -131,36 +133,37 @@ class Validation(NamedTuple):
     """
     rate, size = fields.get('overflow_rate', 0.0), fields.get('capacity_batch', 0)
     if rate and size:
-      return {'batch_capacities': self.batch_capacities(column, size, rate, controls)}
+      return {'batch_capacities': self.batch_capacities(size, rate, controls)}
     return {'capacities': self.capacities(column, rate, controls)} if rate else {}
 
   def batch_capacities(
-    self,
-    column: Callable[[Cost], jax.Array],
-    size: int,
-    overflow_rate: float,
-    controls: Mapping[str, float] | None = None,
-  ) -> tuple[tuple[int, tuple[float, ...]], ...]:
-    """Entries (length, shares by layer): what batches of `size` examples up to a length need together.
+    self, size: int, overflow_rate: float, controls: Mapping[str, float] | None = None
+  ) -> tuple[tuple[int, tuple[float, ...], tuple[float, ...]], ...]:
+    """Entries (length, shares by layer, shares by layer): what batches of `size` examples up to a length need together.
 
-    A share is one of the batch's slots. It holds what all but `overflow_rate` of the batches of an entry need (those longer
-    than the entry before), when examples are batched with their neighbours in length. column: the counts [b L].
+    Of the batch's slots: states that are updated; and of its examples: those in which any is. They hold what all but
+    `overflow_rate` of the batches of an entry need (those longer than the entry before), when examples are batched with
+    their neighbours in length.
     """
     found = [
-      (batch['mask'].sum(-1)[batch['weight'] > 0], column(cost)) for cost, batch in self.costs(controls or {})
+      (batch['mask'].sum(-1)[batch['weight'] > 0], cost.queries) for cost, batch in self.costs(controls or {})
     ]
-    lengths, counts = (np.concatenate(parts) for parts in zip(*jax.device_get(found)))
+    lengths, rows = (np.concatenate(parts) for parts in zip(*jax.device_get(found)))
     order = np.argsort(lengths, kind='stable')
     size = min(size, len(order))
     widest = lengths[order][size - 1 :]  # of every run of `size` neighbours
-    total = np.cumsum(np.pad(counts[order].astype(np.float64), ((1, 0), (0, 0))), axis=0)
-    needs = (total[size:] - total[:-size]) / (size * widest[:, None])
-    bounds = np.unique([part[-1] for part in np.array_split(widest, SPANS) if len(part)]).tolist()
+    counts = np.stack([rows, rows > 0], axis=1)[order]  # [N 2 L]
+    total = np.cumsum(np.pad(counts.astype(np.float64), ((1, 0), (0, 0), (0, 0))), axis=0)
+    whole = size * np.stack([widest, np.ones_like(widest)], axis=1)
+    needs = (total[size:] - total[:-size]) / whole[..., None]
+    spans = min(max(int(len(order) / (SPAN_BATCHES * size)), 1), SPANS)
+    bounds = np.unique([part[-1] for part in np.array_split(widest, spans)]).tolist()
     entries = []
     for shorter, bound in zip([0, *bounds], bounds):
       span = needs[(widest > shorter) & (widest <= bound)]
       shares = np.quantile(span, 1 - overflow_rate, axis=0, method='higher')
-      entries.append((int(bound), tuple(np.clip(shares, 1e-6, 1.0).tolist())))
+      slots, examples = np.clip(shares, 1e-6, 1.0).tolist()
+      entries.append((int(bound), tuple(slots), tuple(examples)))
     return tuple(entries)
 
 
@@ -267,15 +270,18 @@ def sharing(spec: Mapping[str, Any], size: int, overflow_rate: float) -> dict[st
 
   Raises UserError where no member's examples stop in numbers of their own.
   """
-  able = [
-    member['name'] for member in members(spec) if hasattr(module(member['name']).Method, 'capacity_batch')
-  ]
+  able = sharers(spec)
   if not able:
     raise UserError(
       f'{spec["name"]} has no capacities that a batch could share: its examples do not stop by themselves'
     )
   fields = {'capacity_batch': size, 'overflow_rate': overflow_rate}
   return with_handed_on(spec, {able[-1]: fields})
+
+
+def sharers(spec: Mapping[str, Any]) -> list[str]:
+  """The methods of a spec whose examples stop by themselves, so that a batch can share capacities."""
+  return [name for name in names(spec) if hasattr(module(name).Method, 'capacity_batch')]
 
 
 def by_controls(

@@ -22,13 +22,14 @@ class Capacity(NamedTuple):
 
   keys: key/value slots of one head in the next attention. rows: slots whose state the next blocks update.
   slots: slots of the whole stream (a slot that is neither seen nor updated may leave). batch_rows: in place of `rows`, for
-  all examples of the batch together, however they share them.
+  all examples of the batch together, however they share them. examples: of the batch, that are not answered yet.
   """
 
   keys: int | None = None
   rows: int | None = None
   slots: int | None = None
   batch_rows: int | None = None
+  examples: int | None = None
 
 
 class Tokens(struct.PyTreeNode):
@@ -46,6 +47,9 @@ class Tokens(struct.PyTreeNode):
   score: Any = None  # like seen: when a capacity is too small, the lowest-scored leave
   carry: dict = struct.field(default_factory=dict)  # {name: [b n …]} a method's own per-slot state
   length: int = struct.field(pytree_node=False, default=0)  # N, what `position` counts up to
+  batch: int = struct.field(
+    pytree_node=False, default=0
+  )  # examples it began with; 0 where they are regrouped
   added: int = struct.field(pytree_node=False, default=0)  # trailing slots that are not input tokens
   moved: bool = struct.field(pytree_node=False, default=False)  # slot i is no longer input token i
   capacity: Capacity = struct.field(pytree_node=False, default=Capacity())
@@ -61,7 +65,7 @@ def start(x: Float[Array, 'b n d'], mask: Bool[Array, 'b n'], protect_first: boo
   position = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
   return Tokens(
     x, seen=alive, updated=alive, protected=(position == 0) & protect_first, position=position, size=alive,
-    length=length or n,
+    length=length or n, batch=b,
   )  # fmt: skip
 
 
@@ -169,10 +173,16 @@ def fit(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
   slots = room(wanted, shape[1])
   if slots is None:
     return tokens, jnp.zeros(b, bool)
-  updated, score = tokens.updated, jnp.zeros((b, n)) if tokens.score is None else tokens.score
-  score = score if score.ndim == 2 else score.max(axis=1)
-  stay = highest(jnp.where(updated > 0, score, -jnp.inf).reshape(shape), slots).reshape(b, n)
+  updated = tokens.updated
+  stay = highest(jnp.where(updated > 0, score_of(tokens), -jnp.inf).reshape(shape), slots).reshape(b, n)
   return tokens.replace(updated=updated * stay), ((updated > 0) & ~stay).any(-1)
+
+
+def score_of(tokens: Tokens) -> Float[Array, 'b n']:
+  """By which slots leave where there is too little room: the largest of all heads; 0 without any."""
+  if tokens.score is None:
+    return jnp.zeros(tokens.updated.shape)
+  return tokens.score if tokens.score.ndim == 2 else tokens.score.max(axis=1)
 
 
 def gather_live(tokens: Tokens, slots: int) -> tuple[Tokens, Bool[Array, 'b']]:

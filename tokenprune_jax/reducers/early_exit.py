@@ -127,7 +127,7 @@ OBJECTIVES = {
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """The temperatures, where they are to be fitted, or else capacities, where `overflow_rate` asks for them."""
   if not fields.get('fit_temperatures'):
-    return validation.calibrated(fields, lambda cost: cost.rows)
+    return validation.calibrated(fields, lambda cost: cost.queries)
   never = NEVER[fields.get('criterion', Method.criterion)]
   earlier = np.array(fields.get('temperatures') or 1.0)[..., None]  # the logits come divided by these
   found: list[tuple] = []
@@ -183,7 +183,7 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
   """The threshold at which validation costs it; capacities go with it."""
   found = threshold_for(fields, target, validation)
   controls = {'exit_threshold': found}
-  return {'threshold': found, **validation.calibrated(fields, lambda cost: cost.rows, controls)}
+  return {'threshold': found, **validation.calibrated(fields, lambda cost: cost.queries, controls)}
 
 
 def threshold_for(fields: Mapping[str, Any], target: float, validation: Any) -> float:
@@ -317,21 +317,17 @@ class Method(Reducer):
     first, mean = (read_out(tokens, how) for how in ('cls', 'mean'))
     return head(jnp.where(memory['exit_reads_first'][:, None], first, mean), labels)
 
-  def left(self, memory: Memory, who: Bool[Array, 'b'], logits: Float[Array, 'b c']) -> Memory:
-    """The memory in which these examples are answered."""
-    answer = jnp.where(who[:, None], logits, memory['prediction'])
-    return {**memory, 'exited': memory['exited'] | who, 'prediction': answer}
-
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
     if not self.layers:
       return tokens, memory
     staying, width = ~memory['exited'], tokens.x.shape[2]
-    before = (jax.nn.one_hot(memory['exits_run'] - 1, len(self.layers))[..., None] * memory['logits']).sum(1)
-    # Examples that there was no room for keep what the exit before said.
+    before = memory['prediction']  # what the last exit said, of those who stay too
     shares = bool(self.batch_capacities) and not train
-    stopped = staying & (live(tokens) & (tokens.updated == 0)).any(-1) & shares
+    if shares:  # examples that there was no room for leave with that
+      stopped = staying & (live(tokens) & (tokens.updated == 0)).any(-1)
+      memory = {**memory, 'exited': memory['exited'] | stopped}
     if layer > max(self.layers):
-      return tokens, self.left(memory, stopped, before) if shares else memory
+      return tokens, memory
     if self.head == 'mixed':
       state = self.pooler(tokens.x[:, 0].astype(jnp.float32))
       memory = {
@@ -348,10 +344,12 @@ class Method(Reducer):
       logits = logits / (place * memory['exit_temperatures']).sum(-1, keepdims=True)
     same = (memory['exits_run'] > 0) & (before.argmax(-1) == logits.argmax(-1))
     streak = jnp.where(same, memory['exit_streak'] + 1, 0)
-    now = staying & is_sure(self.criterion, logits, memory['exit_threshold'], streak) & (not train)
+    now = is_sure(self.criterion, logits, memory['exit_threshold'], streak) & (not train)
     own = exit_heads.macs(self.head, width, logits.shape[1], live(tokens).sum(-1).astype(jnp.float32))
     memory = {
-      **self.left(memory, now | stopped, jnp.where(stopped[:, None], before, logits)),
+      **memory,
+      'prediction': jnp.where(memory['exited'][:, None], before, logits),
+      'exited': memory['exited'] | now,
       'macs_exits': memory['macs_exits'] + jnp.where(staying, own, 0),
       'logits': memory['logits'] + place[..., None] * logits[:, None],
       'exits_run': memory['exits_run'] + 1,
@@ -361,6 +359,6 @@ class Method(Reducer):
       return tokens.replace(x=jax.lax.stop_gradient(tokens.x)) if self.own_segment else tokens, memory
     if shares:
       doubt = jnp.broadcast_to(uncertainty(logits)[:, None], tokens.updated.shape)
-      rows = schedule.batch_rows(self, layer, len(logits), tokens.length)
-      tokens = tokens.replace(score=doubt, capacity=tokens.capacity._replace(batch_rows=rows))
+      together = schedule.shared(self, layer, tokens.batch, tokens.length)
+      tokens = tokens.replace(score=doubt, capacity=tokens.capacity._replace(**together))
     return empty_rows(tokens, memory['exited']), memory

@@ -130,14 +130,14 @@ TAUGHT = ('tags_sampled',)
 # ------------------------------------------------------------------------------------------------ Calibration
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation sentences, where one is given."""
-  return validation.calibrated(fields, lambda cost: cost.rows)
+  return validation.calibrated(fields, lambda cost: cost.queries)
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """The threshold at which validation costs it; capacities go with it."""
   found = threshold_for(fields, target, validation)
   controls = {'exit_threshold': found}
-  return {'threshold': found, **validation.calibrated(fields, lambda cost: cost.rows, controls)}
+  return {'threshold': found, **validation.calibrated(fields, lambda cost: cost.queries, controls)}
 
 
 def threshold_for(fields: Mapping[str, Any], target: float, validation: Any) -> float:
@@ -325,10 +325,9 @@ class Method(Reducer):
       tokens = tokens.replace(updated=tokens.updated * ~halted)
     if rooms:
       doubt = word_exit.to_pieces(uncertainty(logits), word, jnp.inf)  # of words; what belongs to none stays
-      together = schedule.batch_rows(self, layer, len(doubt), tokens.length)
       alone = schedule.places(self.capacities[layer], tokens.length) if self.capacities else None
-      capacity = tokens.capacity._replace(rows=alone, batch_rows=together)
-      tokens = tokens.replace(score=doubt, capacity=capacity)
+      together = schedule.shared(self, layer, tokens.batch, tokens.length)
+      tokens = tokens.replace(score=doubt, capacity=tokens.capacity._replace(rows=alone, **together))
     return (tokens if train else empty_rows(tokens, exited)), memory
 
 

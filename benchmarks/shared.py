@@ -1,0 +1,60 @@
+"""Models whose examples or words stop by themselves, by `compact` in batches that share capacities: times and scores."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import report, turns
+from benchmarks.trained import Trained
+from tokenprune_jax import stages, timing
+
+SIZE = 16  # examples, or more, that share capacities
+OVERFLOW = 0.25  # share of batches that a shared capacity may be too small for
+
+
+def measure(
+  name: str,
+  point: dict[str, Any],
+  trained: Trained,
+  batches: Sequence[dict],
+  best: turns.Turn,
+  repeats: int,
+  allow_load: bool,
+) -> None:
+  """Writes into a point, under 'compact', its throughput beside dense's and its score, which changes where no room is found.
+
+  best: the fastest dense.
+  """
+  wanted = stages.sharing(point['reducer'], SIZE, OVERFLOW)
+  spec = stages.with_handed_on(wanted, stages.finish(wanted, trained.validation(wanted)))
+  model = trained.model(spec).clone(executor='compact')
+  make = functools.partial(timing.Forward, model, trained.params, batches)
+  turn = turns.timed(name, make, {best.name: best.program}, repeats, allow_load)
+  turn.give_up()
+  scored = trained.evaluate(spec, executor='compact')
+  score = score_of(scored['metrics'])
+  compact = turns.compared(turn, turn.times[best.name]['seconds'], scored['mac_ratio'])
+  point['compact'] = {**compact, score: scored['metrics'][score], 'reducer': spec, 'commit': report.commit()}
+  told = f'{score} {scored["metrics"][score]:.4f}, {compact["time_ratio"]:.2f} times dense'
+  print(f'{name}, compact: {told} at {compact["mac_ratio"]:.2f} of its MACs', flush=True)
+
+
+def score_of(found: Mapping[str, Any]) -> str:
+  """What a task is judged by: f1 of spans, where there is one, or accuracy."""
+  return 'f1' if 'f1' in found else 'accuracy'
+
+
+def cells(found: Mapping[str, Any] | None) -> tuple[str, str]:
+  """Throughput (times dense) and score in percent, as cells of a table."""
+  return (f'{found["time_ratio"]:.2f}', f'{100 * found[score_of(found)]:.1f}') if found else ('–', '–')
+
+
+def line(axes: Any, points: Sequence[Mapping[str, Any]], title: str, look: Mapping[str, Any]) -> None:
+  """A dashed line of scores against throughput, where there are any."""
+  own = [point['compact'] for point in points if point.get('compact')]
+  if own:
+    spots = sorted((found['time_ratio'], 100 * found[score_of(found)]) for found in own)
+    axes.plot(
+      *zip(*spots), linestyle='--', linewidth=1.4, markersize=7, markerfacecolor='none',
+      label=f'{title}, compact', **look,
+    )  # fmt: skip
