@@ -154,7 +154,7 @@ def test_shared_capacities_hold_what_neighbours_by_length_need(monkeypatch):
   queries = operator.attrgetter('queries')
   [whole] = validation.calibrated(spec, queries)['batch_capacities']
   assert whole[0] == 14  # three examples are too few for spans of lengths
-  monkeypatch.setattr(stages, 'SPAN_BATCHES', 0.5)
+  monkeypatch.setattr(stages, 'SPAN_BATCHES', 0.75)
   short, long = validation.calibrated(spec, queries)['batch_capacities']
   trace = apply(model, params, BATCH).trace
   assert (short[0], long[0]) == (9, 14)

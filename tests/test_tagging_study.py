@@ -114,7 +114,9 @@ def test_the_queue_goes_on_and_times_go_into_the_table(study, tmp_path, monkeypa
   assert times['dense']['time_ratio'] == 1 and times['tokee_5']['mac_ratio'] < 1
   shared = {row['name']: row['compact'] for row in rows if row.get('compact')}
   assert set(shared) == set(times) - {'dense'} and all(one['time_ratio'] > 0 for one in shared.values())
-  assert shared['sentee']['f1'] == pytest.approx(0.7) and shared['sentee']['reducer']['capacity_found'] == 0.25
+  assert (
+    shared['sentee']['f1'] == pytest.approx(0.7) and shared['sentee']['reducer']['capacity_found'] == 0.25
+  )
   row = next(
     line for line in (tmp_path / 'tagging.md').read_text().splitlines() if line.startswith('| SENTEE | 0.5 ')
   )
