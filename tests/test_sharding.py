@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from tests import spread_batch
 from tests.tiny_run import STEPS, config, ended, lines, start
-from tokenprune_jax import optim, pretrained, sharding, train
+from tokenprune_jax import evaluate, optim, pretrained, sharding, train
 from tokenprune_jax.errors import UserError
 
 CHANGES = {
@@ -99,3 +102,19 @@ def test_what_does_not_divide_is_an_error_by_the_name_of_its_key():
   with pytest.raises(UserError, match=r'config\.optimizer\.batch_size is 7, .*multiple of 2'):
     sharding.check_batch('optimizer.batch_size', 7, 2)
   sharding.check_batch('eval.batch_size', 7)
+
+
+def test_devices_gather_among_their_own_examples():
+  command = [sys.executable, '-m', 'tests.spread_batch']
+  told = subprocess.run(command, capture_output=True, text=True, timeout=300)
+  assert told.returncode == 0, told.stderr
+  found = json.loads(told.stdout.splitlines()[-1])
+  (model, params), batch = spread_batch.model(), spread_batch.batch_of_eight()
+  alone = evaluate.compiled(model, None)
+  for device in range(4):
+    own = slice(2 * device, 2 * device + 2)
+    want = alone(params, {name: values[own] for name, values in batch.items()})
+    np.testing.assert_allclose(found['logits'][own], want['logits'], atol=1e-4)
+    assert (
+      found['overflow'][own] == np.asarray(want['overflow']).tolist() and sum(found['overflow'][own]) == 1
+    )

@@ -37,9 +37,21 @@ def measure(model: Classifier, params: Any, batch: Batch) -> dict[str, jax.Array
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(model: Classifier, replicated: NamedSharding | None):
-  """`measure` under jit: compiled once for each model and bucket, however often a run evaluates."""
-  return jax.jit(functools.partial(measure, model), out_shardings=replicated)
+def compiled(model: Classifier, sharding: NamedSharding | None):
+  """`measure` under jit: compiled once for each model and bucket, however often a run evaluates.
+
+  sharding: of a batch; the results are whole on every device. Under `compact` each device gathers among its own examples: no
+  token goes to another, and what a batch shares is shared by a device's part of it.
+  """
+  forward = functools.partial(measure, model)
+  if sharding is None:
+    return jax.jit(forward)
+  if model.executor == 'compact' and sharding.mesh.size > 1:
+    whole, parts = PartitionSpec(), sharding.spec
+    forward = jax.shard_map(
+      forward, mesh=sharding.mesh, in_specs=(whole, parts), out_specs=parts, check_vma=False
+    )
+  return jax.jit(forward, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def evaluate(
@@ -67,8 +79,7 @@ def evaluate(
   batch_size: rows of a global batch. sharding: of a batch over the mesh's data axis; None on one device. With
   several processes all of them call this, and all get the same answer. controls: of every example alike.
   """
-  replicated = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-  forward = compiled(model, replicated)
+  forward = compiled(model, sharding)
   plan = data.batches(
     split,
     batch_size=batch_size,
@@ -83,7 +94,7 @@ def evaluate(
   made = (with_controls(batch, controls or {}) for batch in plan.iterator(0))
   results = jax.device_get([forward(params, place(batch, sharding)) for batch in made])
   if rerun:
-    again = compiled(model.clone(executor='mask'), replicated)
+    again = compiled(model.clone(executor='mask'), sharding)
     for number in [i for i, result in enumerate(results) if result['overflow'].any()]:
       batch = with_controls(plan.batch(number), controls or {})
       fresh = jax.device_get(again(params, place(batch, sharding)))
