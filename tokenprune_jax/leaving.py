@@ -55,11 +55,9 @@ def depart(
   if room is None or room >= examples:
     return tokens, memory, present, jnp.zeros(examples, bool)
   going, score = tokens.updated > 0, stream.score_of(tokens)
-  score = jnp.where(going & jnp.isfinite(score), score, -jnp.inf).max(
-    axis=1
-  )  # a slot that has to stay says nothing
+  told = going & jnp.isfinite(score)  # a slot that has to stay says nothing of its example
   wanted = going.any(-1)
-  index, stay, _ = stream.select(wanted, room, score)
+  index, stay, _ = stream.select(wanted, room, jnp.where(told, score, -jnp.inf).max(axis=1))
   lost = wanted & ~stay
 
   def take(values):

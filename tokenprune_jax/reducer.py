@@ -8,7 +8,7 @@ arrays with leading axis b in original-position indexing. Entries of `memory` th
   mac_target, mac_weight scalars: a budget, mac_weight (MACs / dense MACs - mac_target)^2 is added to the loss;
   assignment [b N] int32: the combination slot each input token went to;
   exited [b] bool, prediction [b c] (where tokens are read [b N c]): examples that are answered before the last layer, and
-  their logits;
+  their logits; a method that states `Capacity.examples` keeps there what each of the others would leave with;
   answered [b N] bool: where tokens are read, those that have their logits in `prediction` though their example goes on;
   logits [b e c]: of all exits, for a training objective.
 
