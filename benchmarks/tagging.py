@@ -1,14 +1,15 @@
 """Taggers that stop early, on CoNLL-2003: F1 of spans against cost for SENTEE and TOKEE, beside dense and smaller students.
 
     python benchmarks/tagging.py [--runs=runs] [--rows=N] [--results=results]
-    python benchmarks/tagging.py --times [--budgets=0.5,0.33,0.25] [--documents=2048] [--repeats=5]
+    python benchmarks/tagging.py --times [--budgets=0.5,0.33,0.25] [--executors=compact,serve] [--documents=2048]
+                                 [--repeats=5]
 
 One dense MiniLM-L6 a seed, which all start from (configs/prune.py): SENTEE's run trains all exits together, TOKEE's goes on
 from it with exits that it samples itself. Each is then set to budgets from 1.5 to 4 times fewer multiply-adds than dense on
 validation sentences, without training; the test split only reports. The queue goes on with the same command after any stop,
 and writes results/tagging.json, its table and its plots. `--times` trains nothing: it measures the models of seed 0 that
-there are, dense in batches of 32 by length and the others by `serve`, in turns in one process. `--sentences` trains on so
-many only, for a trial; name other folders for it.
+there are, in batches of 32 by length (`compact`) and by `serve`, beside dense in turns in one process. `--sentences`
+trains on so many only, for a trial; name other folders for it.
 """
 
 import argparse
@@ -25,7 +26,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, report, serving, shared, text_pruning, text_times, turns
+from benchmarks import accuracy, report, serving, shared, speed, text_pruning, text_times, turns
 from benchmarks.studies import Row
 from benchmarks.trained import Trained
 from tokenprune_jax import ladder, serve, timing, workdir
@@ -284,10 +285,11 @@ def timed(study: Study, options: argparse.Namespace) -> None:
     if name in trained and points:
       trained[name].buckets = fine(trained[name].buckets[-1])
       batches = batched(requests, plain.config.pad_id)['bucketed_by_8']
-      for label, point in points.items():
+      for label, point in points.items() if 'compact' in options.executors else ():
         shared.measure(label, point, trained[name], batches, best, options.repeats, options.allow_load)
         study.save()
-      time_served(study, points, trained[name], requests, best, options)
+      if 'serve' in options.executors:
+        time_served(study, points, trained[name], requests, best, options)
   best.give_up()
 
 
@@ -334,6 +336,9 @@ def main() -> None:
   parser.add_argument('--sentences', type=int, default=0, help='of each split, for a trial; 0: all')
   parser.add_argument('--times', action='store_true', help='measure throughput')
   parser.add_argument('--budgets', type=text_times.numbers, default=(0.5, 0.33, 0.25), help='that are timed')
+  parser.add_argument(
+    '--executors', type=speed.words, default=['compact', 'serve'], help=text_times.EXECUTORS_HELP
+  )
   parser.add_argument('--documents', type=int, default=2048, help='that are timed')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')

@@ -1,7 +1,8 @@
 """What the models of a study of methods on texts take on the clock, beside the fastest dense.
 
     python benchmarks/text_times.py [--study=text_pruning|exits] [--datasets=…] [--methods=…] [--budgets=0.4,0.55]
-                                    [--documents=256] [--repeats=5] [--runs=runs] [--results=results]
+                                    [--executors=compact,serve] [--documents=256] [--repeats=5] [--runs=runs]
+                                    [--results=results]
 
 Runs of seed 0, as trained and at some of the study's budgets, float32, on test texts at their real lengths: fixed counts by
 the executor `compact` on batches by length, the others by `serve`, everything on the host included, and those whose
@@ -30,6 +31,7 @@ from benchmarks.trained import Trained
 from tokenprune_jax import serve, stages, timing, workdir
 
 SIZE = 32  # rows of a batch
+EXECUTORS_HELP = 'that are timed: compact, serve'
 
 
 def chosen(
@@ -82,11 +84,14 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
   assert best is not None
   write(study, waiting[0][0], best, best.name, 1.0, len(rows), dataset)
   points = {label(point): point for point, _ in waiting[1:]}
-  makers = {label(point): functools.partial(program, point, trained) for point, trained in waiting[1:]}
+  makers = {
+    label(point): functools.partial(program, point, trained) for point, trained in waiting[1:]
+    if METHODS[point['name']].executor in options.executors
+  }  # fmt: skip
   for turn in turns.one_by_one(makers, {best.name: best.program}, options.repeats, options.allow_load):
     write(study, points[turn.name], turn, best.name, macs[turn.name], len(rows), dataset)
   for point, trained in waiting[1:]:
-    if stages.sharers(point['reducer']):
+    if 'compact' in options.executors and stages.sharers(point['reducer']):
       name = f'{dataset} {label(point)}'
       shared.measure(name, point, trained, batches, best, options.repeats, options.allow_load)
       workdir.write_json(study.path, study.document)
@@ -142,6 +147,7 @@ def main() -> None:
   )
   parser.add_argument('--methods', type=speed.words, default=[], help='all where none is named')
   parser.add_argument('--budgets', type=numbers, default=(), help='beside the models as trained')
+  parser.add_argument('--executors', type=speed.words, default=['compact', 'serve'], help=EXECUTORS_HELP)
   parser.add_argument('--documents', type=int, default=256)
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--runs', default='runs', help='folder of the workdirs')
