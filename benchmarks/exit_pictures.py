@@ -1,10 +1,12 @@
-"""Draws where words exit: how many at each layer, and which have halted by layer in one real sentence.
+"""Draws where words exit: how many at each layer, and which have halted by layer in one real sentence; or where texts do.
 
     python benchmarks/exit_pictures.py [--budget=0.33] [--runs=runs] [--results=results] [--example=N] [--out=docs/methods]
+    python benchmarks/exit_pictures.py --texts=ag_news [--budget=0.3] …
 
 Models of benchmarks/tagging.py (seed 0) that are measured, each at the given share of dense's multiply-adds. Words are those
 of the test split; the sentence is `--example`, or the first of 12 to 24 words with three spans or more that dense gets right.
-Writes tokee_depths.png and tokee_layers.png.
+Writes tokee_depths.png and tokee_layers.png. `--texts`: models of the study of exits on that dataset, and its validation
+split; writes exit_depths.png.
 """
 
 import argparse
@@ -20,9 +22,10 @@ import dataclasses
 
 import numpy as np
 
-from benchmarks import report, tagging
+from benchmarks import report, tagging, text_pruning
+from benchmarks.text_runs import METHODS, PLANS
 from benchmarks.trained import Trained
-from tokenprune_jax import layer_picture
+from tokenprune_jax import layer_picture, stages
 from tokenprune_jax.data import tags
 from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.predict import Reading, Word
@@ -54,8 +57,10 @@ def reading(sentence: Sentence, layers: tuple[int, ...], depth: int) -> Reading:
   return Reading(' '.join(sentence.words), '', {}, tuple(words), len(words), 0)
 
 
-def histogram(path: pathlib.Path, depths: Mapping[str, np.ndarray], depth: int) -> None:
-  """Bars: share of words by the layer that they exit at, a colour a model."""
+def histogram(
+  path: pathlib.Path, depths: Mapping[str, np.ndarray], depth: int, what: str = 'Test words'
+) -> None:
+  """Bars: share of words (or texts) by the layer that they exit at, a colour a model."""
   drawing, axes = report.figure(height=4.4)
   width = 0.8 / len(depths)
   for place, (name, layers) in enumerate(depths.items()):
@@ -65,19 +70,35 @@ def histogram(path: pathlib.Path, depths: Mapping[str, np.ndarray], depth: int) 
     axes.bar(at, share, width, color=report.PALETTE[place % len(report.PALETTE)], label=label)
   axes.set_xticks(range(1, depth + 1))
   report.legend(axes)
-  report.titled(axes, 'Where words exit', 'Layer', 'Test words in %')
+  report.titled(axes, f'Where {what.split()[-1]} exit', 'Layer', f'{what} in %')
   drawing.savefig(path)
 
 
-def main() -> None:
-  """Draws all models that are measured at the budget."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--budget', type=float, default=0.33, choices=tagging.BUDGETS)
-  parser.add_argument('--runs', default='runs', help='folder of the workdirs')
-  parser.add_argument('--results', default='results', help='folder of the result files')
-  parser.add_argument('--example', type=int, default=-1, help='number of the test sentence, from 0')
-  parser.add_argument('--out', default='docs/methods', help='folder of the pictures')
-  options = parser.parse_args()
+def texts(options: argparse.Namespace) -> None:
+  """Draws the layers that texts exit at, of all models with exits that are measured at the budget."""
+  given = argparse.Namespace(**vars(options), study='exits', data='')
+  study = text_pruning.Study(given, 'python benchmarks/text_pruning.py --study=exits')
+  rows = {(row.dataset, row.name): row for row in study.runs if row.seed == 0}
+  depths, depth = {}, 0
+  for point in study.document['rows']:
+    own = (point['dataset'], point['seed'], point['budget']) == (options.texts, 0, options.budget)
+    if own and point['metrics'] and 'early_exit' in stages.names(point['reducer']):
+      trained = Trained(study.folder(rows[options.texts, point['name']]))
+      costs = trained.validation(point['reducer']).costs({})
+      depths[METHODS[point['name']].title] = np.concatenate([(c.queries > 0).sum(-1) for c, _ in costs])
+      depth = trained.exported.config.depth
+  if not depths:
+    raise SystemExit(
+      f'error: {study.path} holds no exits on {options.texts} at {options.budget}; run benchmarks/text_pruning.py first'
+    )
+  out = pathlib.Path(options.out)
+  out.mkdir(parents=True, exist_ok=True)
+  histogram(out / 'exit_depths.png', depths, depth, 'Validation texts')
+  print(f'{", ".join(depths)}: drawn in {out}')
+
+
+def words(options: argparse.Namespace) -> None:
+  """Draws the layers that words exit at, and those of one sentence."""
   study = tagging.Study(argparse.Namespace(**vars(options), sentences=0))
   specs = {
     point['name']: point['reducer'] for own in study.points.values() for point in own
@@ -106,6 +127,22 @@ def main() -> None:
     drawn, str(out / 'tokee_layers.png'), 'Which words each layer still computes', HALTS
   )
   print(f'{" ".join(sentence.words)!r}: {", ".join(specs)} drawn in {out}')
+
+
+def main() -> None:
+  """Draws all models that are measured at the budget."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--budget', type=float, default=0.33, help='share of the multiply-adds')
+  parser.add_argument('--texts', default='', choices=('', *PLANS['exits'].seeds), help='draw this dataset')
+  parser.add_argument('--runs', default='runs', help='folder of the workdirs')
+  parser.add_argument('--results', default='results', help='folder of the result files')
+  parser.add_argument('--example', type=int, default=-1, help='number of the test sentence, from 0')
+  parser.add_argument('--out', default='docs/methods', help='folder of the pictures')
+  options = parser.parse_args()
+  if options.texts:
+    texts(options)
+  else:
+    words(options)
 
 
 if __name__ == '__main__':
