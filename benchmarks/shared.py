@@ -8,7 +8,6 @@ from benchmarks import report, turns
 from benchmarks.trained import Trained
 from tokenprune_jax import stages, timing
 
-SIZE = 16  # examples, or more, that share capacities
 OVERFLOW = 0.25  # share of batches that a shared capacity may be too small for
 
 
@@ -17,15 +16,16 @@ def measure(
   point: dict[str, Any],
   trained: Trained,
   batches: Sequence[dict],
+  size: int,
   best: turns.Turn,
   repeats: int,
   allow_load: bool,
 ) -> None:
   """Writes into a point, under 'compact', its throughput beside dense's and its score, which changes where no room is found.
 
-  best: the fastest dense.
+  size: examples, or more, that share capacities: smaller batches are computed whole. best: the fastest dense.
   """
-  wanted = stages.sharing(point['reducer'], SIZE, OVERFLOW)
+  wanted = stages.sharing(point['reducer'], size, OVERFLOW)
   spec = stages.with_handed_on(wanted, stages.finish(wanted, trained.validation(wanted)))
   model = trained.model(spec).clone(executor='compact')
   make = functools.partial(timing.Forward, model, trained.params, batches)

@@ -41,6 +41,7 @@ BUDGETS = (
   0.4,
 )  # shares of dense's multiply-adds, in the order in which they are worth having
 FOUND_ON = 512  # validation sentences that a budget is met on
+SHARING = 8  # sentences, or more, that share capacities
 STEP = 8  # of the lengths of batches
 
 
@@ -286,7 +287,9 @@ def timed(study: Study, options: argparse.Namespace) -> None:
       trained[name].buckets = fine(trained[name].buckets[-1])
       batches = batched(requests, plain.config.pad_id)['bucketed_by_8']
       for label, point in points.items() if 'compact' in options.executors else ():
-        shared.measure(label, point, trained[name], batches, best, options.repeats, options.allow_load)
+        shared.measure(
+          label, point, trained[name], batches, SHARING, best, options.repeats, options.allow_load
+        )
         study.save()
       if 'serve' in options.executors:
         time_served(study, points, trained[name], requests, best, options)

@@ -31,6 +31,7 @@ from benchmarks.trained import Trained
 from tokenprune_jax import serve, stages, timing, workdir
 
 SIZE = 32  # rows of a batch
+SHARING = 16  # texts, or more, that share capacities
 EXECUTORS_HELP = 'that are timed: compact, serve'
 
 
@@ -93,7 +94,7 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
   for point, trained in waiting[1:]:
     if 'compact' in options.executors and stages.sharers(point['reducer']):
       name = f'{dataset} {label(point)}'
-      shared.measure(name, point, trained, batches, best, options.repeats, options.allow_load)
+      shared.measure(name, point, trained, batches, SHARING, best, options.repeats, options.allow_load)
       workdir.write_json(study.path, study.document)
   best.give_up()
 
