@@ -34,7 +34,10 @@ def measure(
   scored = trained.evaluate(spec, executor='compact')
   score = score_of(scored['metrics'])
   compact = turns.compared(turn, turn.times[best.name]['seconds'], scored['mac_ratio'])
-  point['compact'] = {**compact, score: scored['metrics'][score], 'reducer': spec, 'commit': report.commit()}
+  point['compact'] = {
+    **compact, score: scored['metrics'][score], 'documents': sum(len(batch['ids']) for batch in batches),
+    'reducer': spec, 'commit': report.commit(),
+  }  # fmt: skip
   told = f'{score} {scored["metrics"][score]:.4f}, {compact["time_ratio"]:.2f} times dense'
   print(f'{name}, compact: {told} at {compact["mac_ratio"]:.2f} of its MACs', flush=True)
 
