@@ -136,7 +136,7 @@ def test_a_layer_keeps_what_the_rule_says(first):
         method=lambda e, *given, l=half.layer: e.block[str(l)].attend(*given),
       )
       received = np.asarray(evidence.received).mean(1)
-    tokens, memory, _, _ = encoder.apply(variables, tokens, memory, None, half, method='advance')
+    tokens, memory, *_ = encoder.apply(variables, tokens, memory, None, half, method='advance')
     if half.attention and (half.layer > 1 or first):
       theta = 0.015 * (half.layer - (not first)) / 4 + delta[half.layer - 1]
       for row in range(len(before)):

@@ -83,7 +83,7 @@ def test_the_state_of_a_token_that_is_gone_changes_nothing_bit_for_bit(name):
     key = jax.random.key(0)
     tokens, memory = encoder.apply(variables, inputs, method='begin')
     for half in encoder.halves():
-      tokens, memory, _, _ = encoder.apply(variables, tokens, memory, None, half, method='advance')
+      tokens, memory, *_ = encoder.apply(variables, tokens, memory, None, half, method='advance')
       gone = ~live(tokens)[..., None]
       tokens = tokens.replace(x=jnp.where(gone, noise * jax.random.normal(key, tokens.x.shape), tokens.x))
     return jnp.where(gone, 0, tokens.x), memory

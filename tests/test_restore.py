@@ -64,7 +64,7 @@ def test_the_board_holds_the_last_state_of_every_token():
     position = np.asarray(states.position)
     for row, slot in zip(*np.nonzero(np.asarray(live(states)) & (position >= 0))):
       last[row, position[row, slot]] = computed.x[row, slot]
-    states, memory, _, _ = encoder.apply(variables, states, memory, None, half, method='advance')
+    states, memory, *_ = encoder.apply(variables, states, memory, None, half, method='advance')
   expected = last @ params['head']['out']['kernel'] + params['head']['out']['bias']
   found = apply(model, params, BATCH).logits
   close(np.asarray(found)[BATCH['mask']], expected[BATCH['mask']])
