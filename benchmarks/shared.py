@@ -52,11 +52,13 @@ def cells(found: Mapping[str, Any] | None) -> tuple[str, str]:
   return (f'{found["time_ratio"]:.2f}', f'{100 * found[score_of(found)]:.1f}') if found else ('–', '–')
 
 
-def line(axes: Any, points: Sequence[Mapping[str, Any]], title: str, look: Mapping[str, Any]) -> None:
-  """A dashed line of scores against throughput, where there are any."""
+def line(
+  axes: Any, points: Sequence[Mapping[str, Any]], title: str, look: Mapping[str, Any], shift: float = 0.0
+) -> None:
+  """A dashed line of scores against throughput, where there are any. shift: added, in percent."""
   own = [point['compact'] for point in points if point.get('compact')]
   if own:
-    spots = sorted((found['time_ratio'], 100 * found[score_of(found)]) for found in own)
+    spots = sorted((found['time_ratio'], 100 * found[score_of(found)] + shift) for found in own)
     axes.plot(
       *zip(*spots), linestyle='--', linewidth=1.4, markersize=7, markerfacecolor='none',
       label=f'{title}, compact', **look,

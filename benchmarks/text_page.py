@@ -250,7 +250,11 @@ def plot(
       (x, *gain_of(points, dense)) for points in found if points and (x := cost(points)) is not None
     )
     if cost is speed_of:
-      shared.line(axes, [points[0] for points in found if points], METHODS[name].title, report.look(place))
+      shift = (
+        level - 100 * dense[0]['metrics']['accuracy']
+      )  # lines stand at what they differ from their dense runs
+      own = [points[0] for points in found if points]
+      shared.line(axes, own, METHODS[name].title, report.look(place), shift)
     if spots:
       x, mean, low, high = (np.array(column) for column in zip(*spots))
       axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
