@@ -92,7 +92,6 @@ def texts(options: argparse.Namespace) -> None:
       f'error: {study.path} holds no exits on {options.texts} at {options.budget}; run benchmarks/text_pruning.py first'
     )
   out = pathlib.Path(options.out)
-  out.mkdir(parents=True, exist_ok=True)
   histogram(out / 'exit_depths.png', depths, depth, 'Validation texts')
   print(f'{", ".join(depths)}: drawn in {out}')
 
@@ -121,7 +120,6 @@ def words(options: argparse.Namespace) -> None:
     [layers] = model.depths([sentence.words])
     drawn[curve.title] = reading(sentence, layers, depth)
   out = pathlib.Path(options.out)
-  out.mkdir(parents=True, exist_ok=True)
   histogram(out / 'tokee_depths.png', depths, depth)
   layer_picture.write_layers(
     drawn, str(out / 'tokee_layers.png'), 'Which words each layer still computes', HALTS
@@ -139,6 +137,10 @@ def main() -> None:
   parser.add_argument('--example', type=int, default=-1, help='number of the test sentence, from 0')
   parser.add_argument('--out', default='docs/methods', help='folder of the pictures')
   options = parser.parse_args()
+  budgets = PLANS['exits'].budgets if options.texts else tagging.BUDGETS
+  if options.budget not in budgets:
+    parser.error(f'--budget is {options.budget}; choose one of {", ".join(map(str, budgets))}')
+  pathlib.Path(options.out).mkdir(parents=True, exist_ok=True)
   if options.texts:
     texts(options)
   else:

@@ -26,7 +26,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, report, serving, shared, speed, text_pruning, text_times, turns
+from benchmarks import accuracy, report, serving, shared, text_pruning, text_times, turns
 from benchmarks.studies import Row
 from benchmarks.trained import Trained
 from tokenprune_jax import ladder, serve, timing, workdir
@@ -286,7 +286,8 @@ def timed(study: Study, options: argparse.Namespace) -> None:
     if name in trained and points:
       trained[name].buckets = fine(trained[name].buckets[-1])
       batches = batched(requests, plain.config.pad_id)['bucketed_by_8']
-      for label, point in points.items() if 'compact' in options.executors else ():
+      by_compact = points if 'compact' in options.executors else {}
+      for label, point in by_compact.items():
         shared.measure(
           label, point, trained[name], batches, SHARING, best, options.repeats, options.allow_load
         )
@@ -340,7 +341,7 @@ def main() -> None:
   parser.add_argument('--times', action='store_true', help='measure throughput')
   parser.add_argument('--budgets', type=text_times.numbers, default=(0.5, 0.33, 0.25), help='that are timed')
   parser.add_argument(
-    '--executors', type=speed.words, default=['compact', 'serve'], help=text_times.EXECUTORS_HELP
+    '--executors', type=text_times.executors, default=text_times.EXECUTORS, help='that are timed'
   )
   parser.add_argument('--documents', type=int, default=2048, help='that are timed')
   parser.add_argument('--repeats', type=int, default=5)

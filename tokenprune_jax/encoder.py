@@ -380,7 +380,7 @@ class Encoder(nn.Module):
 
     Returns (tokens, memory, bias, present, overflow [b]), all but the last of the examples that are `present` then.
     """
-    block, shape, batch = self.block[str(half.layer)], tokens.x.shape, tokens.batch
+    block, slots, batch = self.block[str(half.layer)], tokens.x.shape[1], tokens.batch
     if half.attention:
       computed, evidence, overflow = block.attend(tokens, bias, self.reducer.reads(half.layer), train)
       tokens, memory = self.reducer.after_attention(computed, memory, evidence, half.layer)
@@ -389,14 +389,14 @@ class Encoder(nn.Module):
       computed = block.renormed(computed)
       tokens, memory = self.reducer.after_block(computed, memory, half.layer, train)
     memory, overflow = self.noted(memory, computed, tokens), present.spread(overflow, batch)
-    if (
-      self.executor == 'compact' and tokens.capacity is not computed.capacity
-    ):  # a decision states its capacity
+    # A decision states its capacity.
+    if self.executor == 'compact' and tokens.capacity is not computed.capacity:
       here, (tokens, memory, present, lost) = present, leaving.depart(tokens, memory, present)
       overflow |= here.spread(lost, batch)
       before, (tokens, lost) = tokens, stream.settled(tokens)
       memory, overflow = self.noted(memory, before, tokens), overflow | present.spread(lost, batch)
-    same = tokens.x.shape == shape
+    # A bias that all examples share stays as it is when some of them leave.
+    same = tokens.x.shape[1] == slots and (bias is None or bias.shape[0] in (1, tokens.x.shape[0]))
     return tokens, memory, bias if same else self.relative_bias(tokens), present, overflow
 
   def noted(self, memory: Memory, before: Tokens, after: Tokens) -> Memory:
