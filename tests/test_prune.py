@@ -51,6 +51,7 @@ def given(method, *folders):
   config = prune.get_config(','.join([method, *map(str, folders)])).to_dict()
   for found in config['stages']:
     found['epochs'] = 1
+  config['eval'] |= {'timing': False}
   return settings.check(config)
 
 
