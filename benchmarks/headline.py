@@ -18,7 +18,6 @@ import argparse
 import functools
 import importlib.util
 import pathlib
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -305,7 +304,7 @@ def main() -> None:
   if unknown:
     parser.error(f'--datasets: there is no {unknown[0]!r}; choose from {", ".join(TITLES)}')
   path = pathlib.Path(options.out)
-  header = report.header(shlex.join(['python', 'benchmarks/headline.py', *sys.argv[1:]]))
+  header = report.header(report.command())
   known = {(row['dataset'], row['name']): row for row in report.read(path)['rows']}
   for dataset in options.datasets:
     for setting in () if options.only_timing else wanted(options.points, dataset, options.runs):

@@ -12,7 +12,6 @@ length, spread as they are under a threshold: uniformly from 0.6 to 1.4 of that 
 
 import argparse
 import pathlib
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -161,7 +160,7 @@ def main() -> None:
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
   parser.add_argument('--out', default='results/packing.json')
   options = parser.parse_args()
-  header = report.header(shlex.join(['python', 'benchmarks/packing.py', *sys.argv[1:]]))
+  header = report.header(report.command())
   weights = pretrained.load(serving.WEIGHTS[options.model])  # for its tokenizer
   rows, path = [], pathlib.Path(options.out)
   for dataset in options.datasets:

@@ -5,7 +5,9 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,6 +54,17 @@ def commit() -> str | None:
   ]  # what a number depends on; results/ changes while a study runs
   changed = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', *source], capture_output=True)
   return found.stdout.strip() + ('+' if changed.returncode else '')
+
+
+def command() -> str:
+  """What was called, from the root of the repository; where the runs lie is told as their default."""
+  given = ['--runs=runs' if argument.startswith('--runs=') else argument for argument in sys.argv[1:]]
+  return shlex.join(['python', f'benchmarks/{pathlib.Path(sys.argv[0]).name}', *given])
+
+
+def made_by() -> dict[str, str | None]:
+  """Commit and command of a number that is written now."""
+  return {'commit': commit(), 'command': command()}
 
 
 UNITS = {

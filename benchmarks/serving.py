@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -274,7 +273,7 @@ def main() -> None:
   parser.add_argument('--out', default='results/serve.json')
   options = parser.parse_args()
   path = pathlib.Path(options.out)
-  command = shlex.join(['python', 'benchmarks/serving.py', *sys.argv[1:]])
+  command = report.command()
   header, rows, missing = report.resumed(path, command, lambda row: row['dataset'], options.datasets)
   for dataset in missing:
     rows += measured(options, dataset)

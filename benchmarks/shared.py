@@ -36,7 +36,7 @@ def measure(
   compact = turns.compared(turn, turn.times[best.name]['seconds'], scored['mac_ratio'])
   point['compact'] = {
     **compact, score: scored['metrics'][score], 'documents': sum(len(batch['ids']) for batch in batches),
-    'reducer': spec, 'commit': report.commit(),
+    'reducer': spec, **report.made_by(),
   }  # fmt: skip
   told = f'{score} {scored["metrics"][score]:.4f}, {compact["time_ratio"]:.2f} times dense'
   print(f'{name}, compact: {told} at {compact["mac_ratio"]:.2f} of its MACs', flush=True)
@@ -47,18 +47,34 @@ def score_of(found: Mapping[str, Any]) -> str:
   return 'f1' if 'f1' in found else 'accuracy'
 
 
-def cells(found: Mapping[str, Any] | None) -> tuple[str, str]:
-  """Throughput (times dense) and score in percent, as cells of a table."""
-  return (f'{found["time_ratio"]:.2f}', f'{100 * found[score_of(found)]:.1f}') if found else ('–', '–')
+def taken(points: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+  """Of a point's seeds the first that was measured by compact; None where there is none."""
+  return next((point for point in points if point.get('compact')), None)
+
+
+def cells(points: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+  """Throughput (times dense) and score in percent of a point, as cells of a table. points: its seeds."""
+  if (point := taken(points)) is None:
+    return '–', '–'
+  found = point['compact']
+  return f'{found["time_ratio"]:.2f}', f'{100 * found[score_of(found)]:.1f}'
 
 
 def line(
-  axes: Any, points: Sequence[Mapping[str, Any]], title: str, look: Mapping[str, Any], shift: float = 0.0
+  axes: Any,
+  points: Sequence[Sequence[Mapping[str, Any]]],
+  title: str,
+  look: Mapping[str, Any],
+  shifts: Mapping[int, float] | None = None,
 ) -> None:
-  """A dashed line of scores against throughput, where there are any. shift: added, in percent."""
-  own = [point['compact'] for point in points if point.get('compact')]
+  """A dashed line of scores against throughput, where there are any. points: seeds of each; shifts: what a seed's
+  scores are moved by, in percent."""
+  own = [point for seeds in points if (point := taken(seeds))]
   if own:
-    spots = sorted((found['time_ratio'], 100 * found[score_of(found)] + shift) for found in own)
+    spots = sorted(
+      (found['time_ratio'], 100 * found[score_of(found)] + (shifts or {}).get(point['seed'], 0.0))
+      for point in own for found in [point['compact']]
+    )  # fmt: skip
     axes.plot(
       *zip(*spots), linestyle='--', linewidth=1.4, markersize=7, markerfacecolor='none',
       label=f'{title}, compact', **look,

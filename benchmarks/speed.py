@@ -16,7 +16,6 @@ import functools
 import importlib.util
 import itertools
 import pathlib
-import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -306,7 +305,7 @@ def main() -> None:
   if wrong:
     parser.error(f'--executor: there is no {wrong[0]!r}; choose from {", ".join(EXECUTORS)}')
   path = pathlib.Path(options.out)
-  command = shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
+  command = report.command()
   names = [*DENSE, *chosen(options, specs(CONFIGS[options.model].depth))]
   header, rows, missing = report.resumed(
     path,

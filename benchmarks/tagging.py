@@ -191,7 +191,7 @@ def page(document: Mapping[str, Any]) -> str:
           curve.title, '–' if budget is None else f'{budget}', str(len(found)), scores[0],
           f'{100 * np.mean(apart):+.2f}' if apart and name != 'dense' else '–', *scores[1:],
           report.number(report.mean([point['mac_ratio'] for point in found])), report.number(cost(found, 'time_ratio')),
-          *shared.cells(found[0].get('compact')),
+          *shared.cells(found),
         ])  # fmt: skip
   missing = collections.Counter((point['name'], point['reason']) for point in every if not point['metrics'])
   absent = '\n'.join(f'- {name}: {count} ({reason})' for (name, reason), count in missing.items())
@@ -229,7 +229,7 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, lab
         linewidth=1.4, label=curve.title, **report.look(place),
       )  # fmt: skip
     if name == 'time_ratio':
-      shared.line(axes, [found[0] for found in found if found], curve.title, report.look(place))
+      shared.line(axes, found, curve.title, report.look(place))
   if dense := seeds_of(points, 'dense', None):
     report.level(axes, 100 * float(np.mean([point['metrics']['f1'] for point in dense])))
   report.legend(axes)

@@ -77,7 +77,7 @@ def trained_table(document: Mapping[str, Any], plan: Plan, dataset: str) -> str:
   lines, chosen = [head], best_on_validation(document, plan, dataset)
 
   def cells(points):
-    return shared.cells(points[0].get('compact')) if by_compact else ()
+    return shared.cells(points) if by_compact else ()
 
   lines += [['dense', '–', *line_of(dense, dense), *cells(dense), '']] if dense else []
   for name, method in METHODS.items():
@@ -173,7 +173,7 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
   parts = [
     f'# {plan.title}\n\nMiniLM-L6 (6 x 384) where no other is named, [CLS] read-out; all start from the same dense '
     'fine-tunes. Accuracy on the test split, in percent; MACs and keys kept count real tokens. *times dense*: '
-    'throughput of seed 0 on the clock, beside the fastest dense; *by compact*, of what exits: in batches by '
+    'throughput of one seed on the clock, beside the fastest dense; *by compact*, of what exits: in batches by '
     'length that share capacities, which change the accuracy where examples find no room. *the paper*: its accuracy (and '
     'dense beside it) at its share of the cost, of a model twice as deep and twice as wide. *Distilled with states*, as '
     'students are: the last '
@@ -250,11 +250,9 @@ def plot(
       (x, *gain_of(points, dense)) for points in found if points and (x := cost(points)) is not None
     )
     if cost is speed_of:
-      shift = (
-        level - 100 * dense[0]['metrics']['accuracy']
-      )  # lines stand at what they differ from their dense runs
-      own = [points[0] for points in found if points]
-      shared.line(axes, own, METHODS[name].title, report.look(place), shift)
+      # Lines stand at what they differ from their dense runs.
+      shifts = {row['seed']: level - 100 * row['metrics']['accuracy'] for row in dense}
+      shared.line(axes, found, METHODS[name].title, report.look(place), shifts)
     if spots:
       x, mean, low, high = (np.array(column) for column in zip(*spots))
       axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,

@@ -1,10 +1,10 @@
 """What the models of a study of methods on texts take on the clock, beside the fastest dense.
 
     python benchmarks/text_times.py [--study=text_pruning|exits] [--datasets=…] [--methods=…] [--budgets=0.4,0.55]
-                                    [--executors=compact,serve] [--documents=256] [--repeats=5] [--runs=runs]
-                                    [--results=results]
+                                    [--executors=compact,serve] [--seed=0] [--documents=256] [--repeats=5]
+                                    [--runs=runs] [--results=results]
 
-Runs of seed 0, as trained and at some of the study's budgets, float32, on test texts at their real lengths: fixed counts by
+Runs of one seed, as trained and at some of the study's budgets, float32, on test texts at their real lengths: fixed counts by
 the executor `compact` on batches by length, the others by `serve`, everything on the host included, and those whose
 examples exit by `compact` too, in batches that share capacities. Each runs in turns with dense, which is the fastest of
 three ways to run it. The times go into the points of results/STUDY.json,
@@ -14,7 +14,6 @@ and the table and plots are drawn again. Training nothing: what benchmarks/text_
 import argparse
 import functools
 import pathlib
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,7 +42,8 @@ def chosen(
   found = []
   for row in study.runs:
     methods = options.methods or METHODS
-    if row.dataset != dataset or row.seed or row.name not in (dense_row(dataset, 0).name, *methods):
+    wanted = row.dataset == dataset and row.seed == options.seed
+    if not wanted or row.name not in (dense_row(dataset, 0).name, *methods):
       continue
     if row.name == 'dense_more':  # as fast as dense
       continue
@@ -58,7 +58,7 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
   """Writes the times of a dataset into its points."""
   waiting = chosen(study, options, dataset)
   if not waiting or waiting[0][0]['name'] != dense_row(dataset, 0).name:
-    print(f'{dataset}: its dense run is not measured; nothing to time', flush=True)
+    print(f'{dataset}: its dense run of seed {options.seed} is not measured; nothing to time', flush=True)
     return
   dense = waiting[0][1]
   plain, test = dense.model({'name': 'none'}), dense.splits['test']
@@ -114,8 +114,7 @@ def write(
   """
   point['time'] = {
     **turns.compared(turn, turn.times[dense]['seconds'], mac_ratio), 'documents': documents, 'dense': dense,
-    'commit': report.commit(),
-    'command': shlex.join(['python', f'benchmarks/{pathlib.Path(sys.argv[0]).name}', *sys.argv[1:]]),
+    **report.made_by(),
   }  # fmt: skip
   workdir.write_json(study.path, study.document)
   print(told(dataset, turn.name, point['time']), flush=True)
@@ -159,6 +158,7 @@ def main() -> None:
   parser.add_argument('--methods', type=speed.words, default=[], help='all where none is named')
   parser.add_argument('--budgets', type=numbers, default=(), help='beside the models as trained')
   parser.add_argument('--executors', type=executors, default=EXECUTORS, help='that are timed')
+  parser.add_argument('--seed', type=int, default=0, help='whose runs are timed')
   parser.add_argument('--documents', type=int, default=256)
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--runs', default='runs', help='folder of the workdirs')

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import pathlib
-import shlex
 import subprocess
 import sys
 
@@ -240,9 +239,7 @@ def main() -> None:
     print(timing.peak_rss())
     return
   path = pathlib.Path(options.out)
-  header = report.header(
-    shlex.join(['python', 'benchmarks/train_cost.py', *sys.argv[1:]])
-  )  # of what is running now
+  header = report.header(report.command())  # of what is running now
   rows, about = measured(options)
   workdir.write_json(path, {**header, 'calibration': about, 'rows': rows})
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n')

@@ -13,7 +13,16 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
-from benchmarks import accuracy, measure, report, text_page, text_pruning, text_runs, text_times  # noqa: E402
+from benchmarks import (  # noqa: E402
+  accuracy,
+  measure,
+  report,
+  shared,
+  text_page,
+  text_pruning,
+  text_runs,
+  text_times,
+)
 from benchmarks.trained import SCORES  # noqa: E402
 from tests.reference import TINY_CONFIG, model_and_params  # noqa: E402
 from tests.test_accuracy_queue import fake_point, fake_result  # noqa: E402
@@ -195,7 +204,7 @@ def test_a_page_shows_pictures_of_what_was_measured_alone():
   assert 'text_pruning_sst2.png' in told and 'text_pruning_ag_news.png' not in told
 
 
-def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch):
+def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch, capsys):
   study('--rows=3')
   monkeypatch.setattr(text_times, 'Trained', Small)
   monkeypatch.setattr(measure, 'quiet', lambda _: 0.0)
@@ -222,11 +231,22 @@ def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch):
   assert set(found) == {('dense', None), ('topk', None), ('topk', 0.4), ('ltp', None), ('ltp', 0.4)}
   assert all(time['documents'] == 3 and time['efficiency'] > 0 for time in found.values())
   assert found['dense', None]['time_ratio'] == 1.0 and found['topk', None]['mac_ratio'] < 1
+  assert {time['command'] for time in found.values()} == {
+    f'python benchmarks/{" ".join(given)} --runs=runs'
+  }  # a folder of one machine is not told
   assert 'sst2_time.png' in (tmp_path / 'text_pruning.md').read_text()
   assert (tmp_path / 'text_pruning_sst2_time.png').stat().st_size > 10_000
   before = json.loads((tmp_path / 'text_pruning.json').read_text())
   assert study('--rows=0') == []
   assert json.loads((tmp_path / 'text_pruning.json').read_text())['rows'] == before['rows']
+  monkeypatch.setattr(sys, 'argv', [*given, f'--runs={tmp_path}/runs', '--seed=1'])
+  text_times.main()
+  assert 'sst2: its dense run of seed 1 is not measured; nothing to time' in capsys.readouterr().out
+
+
+def test_of_several_seeds_the_one_that_was_timed_is_shown():
+  timed = {'seed': 1, 'compact': {'time_ratio': 1.25, 'accuracy': 0.9}}
+  assert shared.cells([{'seed': 0}, timed]) == ('1.25', '90.0') and shared.cells([{'seed': 0}]) == ('–', '–')
 
 
 def test_exits_are_a_study_of_their_own(study, tmp_path, monkeypatch):
