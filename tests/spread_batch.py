@@ -14,7 +14,7 @@ SPEC = {
   'layers': (1, 2, 3),
   'threshold': 0.0,
   'capacity_batch': 2,
-  'batch_capacities': ((14, (1.0,) * 4, (1.0, 0.5, 0.5, 0.5)),),  # of every two examples one goes on
+  'batch_capacities': ((2, 14, (1.0,) * 4, (1.0, 0.5, 0.5, 0.5)),),  # of every two examples one goes on
 }
 
 

@@ -44,8 +44,8 @@ def test_capacities_that_batches_share_are_found_with_the_setting(run, tmp_path,
   train.run(wanted, tmp_path / 'run')
   assert calibrate.main([f'--run={tmp_path / "run"}', '--macs=0.8', '--batch=4', '--overflow=0.6']) == 0
   found = pretrained.load_exported(tmp_path / 'run' / 'calibrated').reducer_spec
-  [(longest, slots, examples)] = found['batch_capacities']
-  assert found['capacity_batch'] == 4 and longest <= 32 and max(slots[1], examples[1]) < 0.9
+  [(size, longest, slots, examples)] = found['batch_capacities']
+  assert found['capacity_batch'] == size == 4 and longest <= 32 and max(slots[1], examples[1]) < 0.9
   texts = [f'some text of {i} words' for i in range(8)]
   model = tokenprune_jax.load(tmp_path / 'run' / 'calibrated')
   shared, alone = (model.predict(texts, batch_size=size) for size in (8, 1))

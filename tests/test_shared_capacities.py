@@ -50,7 +50,7 @@ CONFIGS = {'exits': RELATIVE, 'pruned exits': RELATIVE}
 
 def sharing(spec, rows, examples=(4, 4, 4, 4), config=TINY_CONFIG):
   """The model under `compact` whose batches of 4 share so many slots, and examples, by layer."""
-  fields = {'batch_capacities': ((14, shares(rows), tuple(n / 4 for n in examples)),), 'capacity_batch': 4}
+  fields = {'batch_capacities': ((4, 14, shares(rows), tuple(n / 4 for n in examples)),), 'capacity_batch': 4}
   spec = stages.with_handed_on(spec, dict.fromkeys(('tokee', 'early_exit'), fields))
   return model_of(spec, config).clone(executor='compact').check()
 
@@ -101,7 +101,7 @@ def test_the_surest_words_halt_where_there_is_no_room():
   spec = {
     **TOKEE,
     'threshold': 0.0,
-    'batch_capacities': ((14, (room,) * 4, (1.0,) * 4),),
+    'batch_capacities': ((4, 14, (room,) * 4, (1.0,) * 4),),
     'capacity_batch': 4,
   }
   found = apply(model_of(spec).clone(executor='compact'), params, BATCH)
@@ -160,22 +160,44 @@ def test_shared_capacities_hold_what_neighbours_by_length_need(monkeypatch):
   )
   queries = operator.attrgetter('queries')
   [whole] = validation.calibrated(spec, queries)['batch_capacities']
-  assert whole[0] == 14  # three examples are too few for spans of lengths
+  assert whole[:2] == (2, 14)  # three examples are too few for spans of lengths
   monkeypatch.setattr(stages, 'SPAN_BATCHES', 0.75)
-  short, long = validation.calibrated(spec, queries)['batch_capacities']
+  short, long, *_ = validation.calibrated(spec, queries)['batch_capacities']
   trace = apply(model, params, BATCH).trace
-  assert (short[0], long[0]) == (9, 14)
+  assert (short[:2], long[:2]) == ((2, 9), (2, 14))
   counts = np.asarray(trace.rows)
-  np.testing.assert_allclose(short[1], np.maximum((counts[2] + counts[1]) / (2 * 9), 1e-6), rtol=1e-6)
-  np.testing.assert_allclose(long[1], np.maximum((counts[1] + counts[0]) / (2 * 14), 1e-6), rtol=1e-6)
-  np.testing.assert_allclose(long[2], np.maximum((counts[:2] > 0).mean(0), 1e-6), rtol=1e-6)
+  np.testing.assert_allclose(short[2], np.maximum((counts[2] + counts[1]) / (2 * 9), 1e-6), rtol=1e-6)
+  np.testing.assert_allclose(long[2], np.maximum((counts[1] + counts[0]) / (2 * 14), 1e-6), rtol=1e-6)
+  np.testing.assert_allclose(long[3], np.maximum((counts[:2] > 0).mean(0), 1e-6), rtol=1e-6)
 
 
-def test_a_batch_has_the_room_of_its_length():
-  entries = ((8, (0.25,) * 4, (0.5,) * 4), (16, (0.5,) * 4, (0.7,) * 4))
+def test_larger_batches_need_a_smaller_share():
+  rng = np.random.default_rng(0)
+  rows = rng.integers(0, 2, (200, 1)) * 10.0  # half of them have left
+  cost = stages.Cost(*[rows] * 6)
+  batch = {'ids': np.zeros((200, 10)), 'mask': np.ones((200, 10), bool), 'weight': np.ones(200)}
+  validation = stages.Validation(None, lambda: [batch], cost=lambda _: cost)
+  entries = validation.batch_capacities(4, 0.1)
+  assert [entry[0] for entry in entries] == [4, 8, 16]  # of 32 there are not eight
+  for size, length, (slots,), (examples,) in entries:
+    parts = [rows[i : i + size].sum() for i in range(200 - size + 1)]
+    assert length == 10 and slots == examples == pytest.approx(
+      np.quantile(parts, 0.9, method='higher') / (10 * size)
+    )
+  assert entries[0][2][0] >= entries[1][2][0] > entries[2][2][0] > 0.5
+
+
+def test_a_batch_has_the_room_of_its_length_and_size():
+  entries = (
+    (4, 8, (0.25,) * 4, (0.5,) * 4),
+    (4, 16, (0.5,) * 4, (0.7,) * 4),
+    (8, 16, (0.3,) * 4, (0.4,) * 4),
+  )
   method = make_reducer({**TOKEE, 'capacity_batch': 4, 'batch_capacities': entries})
-  for length, rows, examples in ((6, 6, 2), (8, 8, 2), (9, 18, 3), (40, 80, 3)):
-    assert schedule.shared(method, 1, 4, length) == {'batch_rows': rows, 'examples': examples}
+  for batch, length, rows, examples in (
+    (4, 6, 6, 2), (4, 8, 8, 2), (4, 9, 18, 3), (4, 40, 80, 3), (7, 6, 11, 4), (8, 6, 15, 4), (20, 20, 120, 8),
+  ):  # fmt: skip
+    assert schedule.shared(method, 1, batch, length) == {'batch_rows': rows, 'examples': examples}
   assert schedule.shared(method, 1, 3, 8) == {}
   read = make_reducer({**TOKEE, 'capacity_batch': 4, 'batch_capacities': json.loads(json.dumps(entries))})
   assert read == method and hash(read) == hash(method)
@@ -186,9 +208,9 @@ def test_a_batch_has_the_room_of_its_length():
   [
     ({**TOKEE, 'capacity_batch': -1}, 'capacity_batch is -1; it is how many examples share'),
     ({**TOKEE, 'capacity_batch': 2.5}, 'capacity_batch is 2.5'),
-    ({**TOKEE, 'batch_capacities': ((8, (0.5,) * 4, (1.0,) * 4),)}, 'batch_capacities go with capacity_batch'),
-    ({**TOKEE, 'batch_capacities': ((8, (0.5,) * 4),), 'capacity_batch': 2}, r'expected entries \(length, shares of'),
-    ({**TOKEE, 'batch_capacities': ((8, (0.5,) * 4, (1.0,)),), 'capacity_batch': 2}, 'batch_capacities needs 4 shares'),
+    ({**TOKEE, 'batch_capacities': ((2, 8, (0.5,) * 4, (1.0,) * 4),)}, 'batch_capacities go with capacity_batch'),
+    ({**TOKEE, 'batch_capacities': ((8, (0.5,) * 4),), 'capacity_batch': 2}, r'expected entries \(examples of a'),
+    ({**TOKEE, 'batch_capacities': ((2, 8, (0.5,) * 4, (1.0,)),), 'capacity_batch': 2}, 'batch_capacities needs 4 shares'),
     ({**EXITS, 'overflow_rate': 0.1}, 'overflow_rate goes with capacity_batch'),
     ({**EXITS, 'overflow_rate': 0.1, 'capacity_batch': 4, 'fit_temperatures': True}, 'in a stage after it'),
   ],

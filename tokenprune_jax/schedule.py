@@ -43,12 +43,15 @@ def shared(method: Any, layer: int, batch: int, length: int) -> dict[str, int]:
   """What a batch shares behind a layer, by a method's `batch_capacities` (`stages.Validation.batch_capacities`).
 
   Fields of a `Capacity`; none where the method has none, or where fewer than its `capacity_batch` examples would share.
-  batch: examples, also those that have left. length: what they are padded to.
+  batch: examples, also those that have left. length: what they are padded to. The entries of the largest number of examples
+  that is not above `batch` are read, and of these the first that is long enough.
   """
-  entries = method.batch_capacities
-  if not entries or batch < method.capacity_batch:
+  fitting = [entry for entry in method.batch_capacities if entry[0] <= batch]
+  if not fitting or batch < method.capacity_batch:
     return {}
-  _, slots, examples = next((entry for entry in entries if length <= entry[0]), entries[-1])
+  most = max(entry[0] for entry in fitting)
+  own = [entry for entry in fitting if entry[0] == most]
+  *_, slots, examples = next((entry for entry in own if length <= entry[1]), own[-1])
   return {'batch_rows': places(slots[layer], batch * length), 'examples': places(examples[layer], batch)}
 
 
@@ -86,10 +89,10 @@ def check_batch_capacities(batch_capacities: Sequence[Any], capacity_batch: int,
   if batch_capacities and not capacity_batch:
     raise UserError('reducer.batch_capacities go with capacity_batch, how many examples share them')
   for entry in batch_capacities:
-    if not isinstance(entry, tuple) or len(entry) != 3:
+    if not isinstance(entry, tuple) or len(entry) != 4:
       raise UserError(
-        f'reducer.batch_capacities holds {entry!r}; expected entries (length, shares of the slots by layer, shares of the '
-        'examples by layer), as calibrate finds them'
+        f'reducer.batch_capacities holds {entry!r}; expected entries (examples of a batch, length, shares of the slots by '
+        'layer, shares of the examples by layer), as calibrate finds them'
       )
-    for shares in entry[1:]:
+    for shares in entry[2:]:
       check_shares('reducer.batch_capacities', shares, depth)

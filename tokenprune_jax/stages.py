@@ -138,32 +138,35 @@ class Validation(NamedTuple):
 
   def batch_capacities(
     self, size: int, overflow_rate: float, controls: Mapping[str, float] | None = None
-  ) -> tuple[tuple[int, tuple[float, ...], tuple[float, ...]], ...]:
-    """Entries (length, shares by layer, shares by layer): what batches of `size` examples up to a length need together.
+  ) -> tuple[tuple[int, int, tuple[float, ...], tuple[float, ...]], ...]:
+    """Entries (examples, length, shares by layer, shares by layer): what batches up to a length need together.
 
     Of the batch's slots: states that are updated; and of its examples: those in which any is. They hold what all but
     `overflow_rate` of the batches of an entry need (those longer than the entry before), when examples are batched with
-    their neighbours in length.
+    their neighbours in length. For batches of `size` examples, twice as many and so on, as far as the split tells: the
+    larger a batch, the nearer it is to the mean.
     """
     found = [
       (batch['mask'].sum(-1)[batch['weight'] > 0], cost.queries) for cost, batch in self.costs(controls or {})
     ]
     lengths, rows = (np.concatenate(parts) for parts in zip(*jax.device_get(found)))
     order = np.argsort(lengths, kind='stable')
-    size = min(size, len(order))
-    widest = lengths[order][size - 1 :]  # of every run of `size` neighbours
     counts = np.stack([rows, rows > 0], axis=1)[order]  # [N 2 L]
     total = np.cumsum(np.pad(counts.astype(np.float64), ((1, 0), (0, 0), (0, 0))), axis=0)
-    whole = size * np.stack([widest, np.ones_like(widest)], axis=1)
-    needs = (total[size:] - total[:-size]) / whole[..., None]
-    spans = min(max(int(len(order) / (SPAN_BATCHES * size)), 1), SPANS)
-    bounds = np.unique([part[-1] for part in np.array_split(widest, spans)]).tolist()
-    entries = []
-    for shorter, bound in zip([0, *bounds], bounds):
-      span = needs[(widest > shorter) & (widest <= bound)]
-      shares = np.quantile(span, 1 - overflow_rate, axis=0, method='higher')
-      slots, examples = np.clip(shares, 1e-6, 1.0).tolist()
-      entries.append((int(bound), tuple(slots), tuple(examples)))
+    size = min(size, len(order))
+    entries: list[tuple[int, int, tuple[float, ...], tuple[float, ...]]] = []
+    while not entries or size <= len(order) / max(SPAN_BATCHES, 1):
+      widest = lengths[order][size - 1 :]  # of every run of `size` neighbours
+      whole = size * np.stack([widest, np.ones_like(widest)], axis=1)
+      needs = (total[size:] - total[:-size]) / whole[..., None]
+      spans = min(max(int(len(order) / (SPAN_BATCHES * size)), 1), SPANS)
+      bounds = np.unique([part[-1] for part in np.array_split(widest, spans)]).tolist()
+      for shorter, bound in zip([0, *bounds], bounds):
+        span = needs[(widest > shorter) & (widest <= bound)]
+        shares = np.quantile(span, 1 - overflow_rate, axis=0, method='higher')
+        slots, examples = np.clip(shares, 1e-6, 1.0).tolist()
+        entries.append((size, int(bound), tuple(slots), tuple(examples)))
+      size *= 2
     return tuple(entries)
 
 
