@@ -81,7 +81,7 @@ def trained_table(document: Mapping[str, Any], plan: Plan, dataset: str) -> str:
 
   lines += [['dense', '–', *line_of(dense, dense), *cells(dense), '']] if dense else []
   for name, method in METHODS.items():
-    for budget in (None, *sorted(plan.budgets, reverse=True)):
+    for budget in (None, *sorted(plan.budgets_of(name), reverse=True)):
       points = of(document, dataset, name, 'trained' if budget is None else 'set', budget)
       if points:
         title = method.title + (' *chosen on validation*' if name == chosen and budget is None else '')
@@ -244,7 +244,7 @@ def plot(
   for place, name in enumerate(name for name in METHODS if name in studied):
     found = [
       of(document, dataset, name, 'trained', None),
-      *(of(document, dataset, name, 'set', b) for b in plan.budgets),
+      *(of(document, dataset, name, 'set', b) for b in plan.budgets_of(name)),
     ]
     spots = sorted(
       (x, *gain_of(points, dense)) for points in found if points and (x := cost(points)) is not None

@@ -80,7 +80,7 @@ def points_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
   """The points of a run, not measured."""
   if row.name == 'approx':
     return []
-  budgets = () if row.name in FIXED or row.dataset not in plan.seeds else plan.budgets
+  budgets = () if row.name in FIXED or row.dataset not in plan.seeds else plan.budgets_of(row.name)
   return [empty(row, None), *(empty(row, budget) for budget in budgets)]
 
 

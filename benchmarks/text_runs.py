@@ -122,8 +122,9 @@ GUIDED = ('sttabt', 'sttabt_states')  # by the ApproxNet of their dense run
 class Plan(NamedTuple):
   """A study. main: the methods that run on every seed, others on the first alone; budgets: what all are set to.
 
-  few: the methods of datasets that run no others; lengths: whether gains are told by the texts' length; extras: what only
-  the study of pruning asks: dense checkpoints without training, and longer texts than trained on.
+  more: budgets of single methods beside these; few: the methods of datasets that run no others; lengths: whether gains are
+  told by the texts' length; extras: what only the study of pruning asks: dense checkpoints without training, and longer
+  texts than trained on.
   """
 
   title: str
@@ -131,6 +132,7 @@ class Plan(NamedTuple):
   main: tuple[str, ...]
   others: tuple[str, ...]
   budgets: tuple[float, ...]  # shares of dense's multiply-adds, in the order in which they are worth having
+  more: Mapping[str, tuple[float, ...]] = {}
   few: Mapping[str, tuple[str, ...]] = {}
   lengths: bool = False
   extras: bool = False
@@ -138,6 +140,10 @@ class Plan(NamedTuple):
   def methods(self, dataset: str) -> tuple[str, ...]:
     """Those that run on every seed of a dataset."""
     return self.few.get(dataset, self.main)
+
+  def budgets_of(self, name: str) -> tuple[float, ...]:
+    """What a method is set to."""
+    return (*self.budgets, *self.more.get(name, ()))
 
 
 ALL = (0, 1, 2)
@@ -161,6 +167,7 @@ PLANS = {
       'ltp_states',
     ),
     (0.4, 0.55, 0.48, 0.3, 0.7, 0.2),
+    more=dict.fromkeys(GUIDED, (0.35,)),  # about 35% of the keys: what their authors claim it for
     extras=True,
   ),
   'exits': Plan(

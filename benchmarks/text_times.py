@@ -30,7 +30,7 @@ from benchmarks.trained import Trained
 from tokenprune_jax import serve, stages, timing, workdir
 
 SIZE = 32  # rows of a batch
-SHARING = 16  # texts, or more, that share capacities
+SHARING = 8  # texts, or more, that share capacities
 EXECUTORS = ['compact', 'serve']
 
 

@@ -166,6 +166,8 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
     and 'distilled 0.200, of all texts pooled 0.300, random 1.600' in text
     and 'up to 39 tokens' in text
   )
+  assert {row['name'] for row in document['rows'] if row['budget'] == 0.35} == {'sttabt', 'sttabt_states'}
+  assert '| STTABT, Concrete | 0.35 | 3 |' in text
   lines = [line for line in text.splitlines() if line.startswith(('| LTP |', '| LTP *'))]
   assert len(lines) == 2 * (1 + len(PLAN.budgets) - 1) + 1
   plots(tmp_path / 'plot.png', document, PLAN, 'sst2')
