@@ -1,4 +1,4 @@
-"""Models whose examples or words stop by themselves, by `compact` in batches that share capacities: times and scores."""
+"""Models whose counts depend on the text, by `compact`, which bounds them: times and scores."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,7 @@ def measure(
 
   size: examples, or more, that share capacities: smaller batches are computed whole. best: the fastest dense.
   """
-  wanted = stages.sharing(point['reducer'], size, OVERFLOW)
-  spec = stages.with_handed_on(wanted, stages.finish(wanted, trained.validation(wanted)))
+  spec = bounded(point['reducer'], size, trained)
   model = trained.model(spec).clone(executor='compact')
   make = functools.partial(timing.Forward, model, trained.params, batches)
   turn = turns.timed(name, make, {best.name: best.program}, repeats, allow_load)
@@ -40,6 +39,14 @@ def measure(
   }  # fmt: skip
   told = f'{score} {scored["metrics"][score]:.4f}, {compact["time_ratio"]:.2f} times dense'
   print(f'{name}, compact: {told} at {compact["mac_ratio"]:.2f} of its MACs', flush=True)
+
+
+def bounded(spec: Mapping[str, Any], size: int, trained: Trained) -> Mapping[str, Any]:
+  """The spec with capacities: what batches of `size` share, where examples or words stop by themselves; else its own."""
+  if not stages.sharers(spec):
+    return spec
+  wanted = stages.sharing(spec, size, OVERFLOW)
+  return stages.with_handed_on(wanted, stages.finish(wanted, trained.validation(wanted)))
 
 
 def score_of(found: Mapping[str, Any]) -> str:

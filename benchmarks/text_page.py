@@ -173,8 +173,9 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
   parts = [
     f'# {plan.title}\n\nMiniLM-L6 (6 x 384) where no other is named, [CLS] read-out; all start from the same dense '
     'fine-tunes. Accuracy on the test split, in percent; MACs and keys kept count real tokens. *times dense*: '
-    'throughput of one seed on the clock, beside the fastest dense; *by compact*, of what exits: in batches by '
-    'length that share capacities, which change the accuracy where examples find no room. *the paper*: its accuracy (and '
+    'throughput of one seed on the clock, beside the fastest dense; where counts depend on the text by `serve`, and *by '
+    'compact*: in batches by length within capacities, which change the accuracy where tokens find no room, and which a '
+    'batch shares where examples exit. *the paper*: its accuracy (and '
     'dense beside it) at its share of the cost, of a model twice as deep and twice as wide. *Distilled with states*, as '
     'students are: the last '
     f"stage has {LONG} epochs, where the methods' own recipes have 1 or 2.\n"

@@ -5,10 +5,10 @@
                                     [--runs=runs] [--results=results]
 
 Runs of one seed, as trained and at some of the study's budgets, float32, on test texts at their real lengths: fixed counts by
-the executor `compact` on batches by length, the others by `serve`, everything on the host included, and those whose
-examples exit by `compact` too, in batches that share capacities. Each runs in turns with dense, which is the fastest of
-three ways to run it. The times go into the points of results/STUDY.json,
-and the table and plots are drawn again. Training nothing: what benchmarks/text_pruning.py has not run is left out.
+the executor `compact` on batches by length, the others by `serve`, everything on the host included, and by `compact` too,
+within capacities, which a batch shares where examples exit. Each runs in turns with dense, which is the fastest of three ways
+to run it. The times go into the points of results/STUDY.json, and the table and plots are drawn again.
+Training nothing: what benchmarks/text_pruning.py has not run is left out.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import report, serving, shared, speed, text_pruning, turns
 from benchmarks.text_runs import METHODS, PLANS, dense_row
 from benchmarks.trained import Trained
-from tokenprune_jax import serve, stages, timing, workdir
+from tokenprune_jax import serve, timing, workdir
 
 SIZE = 32  # rows of a batch
 SHARING = 8  # texts, or more, that share capacities
@@ -92,7 +92,7 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
   for turn in turns.one_by_one(makers, {best.name: best.program}, options.repeats, options.allow_load):
     write(study, points[turn.name], turn, best.name, macs[turn.name], len(rows), dataset)
   for point, trained in waiting[1:]:
-    if 'compact' in options.executors and stages.sharers(point['reducer']):
+    if 'compact' in options.executors and METHODS[point['name']].executor == 'serve':
       name = f'{dataset} {label(point)}'
       shared.measure(name, point, trained, batches, SHARING, best, options.repeats, options.allow_load)
       workdir.write_json(study.path, study.document)

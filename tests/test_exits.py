@@ -1,6 +1,7 @@
 """Early exits against the official classifiers and models, NumPy loops and their limits."""
 
 import pathlib
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,10 @@ from tokenprune_jax import conversion, exit_heads, families, models, stages, tra
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducers import early_exit
+
+sys.path.insert(0, '.')  # configs is no part of the installed package
+
+from configs import imdb_pyramid
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 LENGTHS = (14, 9, 5, 2, 1)
@@ -325,6 +330,44 @@ def test_temperatures_are_fitted_on_what_the_exits_said_without_them():
   ]  # fmt: skip
   np.testing.assert_allclose(found[0]['temperatures'], found[1]['temperatures'], rtol=1e-3)
   assert early_exit.finish({}, stages.Validation(lambda batch: None, list)) == {}
+
+
+@pytest.mark.parametrize('criterion', early_exit.NEVER)
+def test_what_is_found_for_pruning_in_a_chain_holds_whoever_leaves(criterion):
+  """A budget is of pruning alone: exits below it would else leave nothing to prune."""
+  pruning = {'name': 'ltp', 'threshold': 0.01, 'first_layer': True, 'target_macs': 0.6, 'overflow_rate': 0.2}
+  exits = {
+    'name': 'early_exit',
+    'layers': (1,),
+    'criterion': criterion,
+    'threshold': early_exit.EASIEST[criterion],
+  }
+  spec = {'name': 'chain', 'reducers': (pruning, exits)}
+  model, params = model_and_params(spec, readout='cls')
+  forward = jax.jit(stages.forward(model))
+  batch = {**ragged_batch(range(3, 15), 14), 'weight': np.ones(12, np.float32)}
+  validation = stages.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
+  found = stages.finish(spec, validation)['ltp']
+  setting = {**early_exit.idle(exits), 'scale': found['scale']}
+  assert validation.mac_ratio(setting) == pytest.approx(0.6, abs=0.03)
+  if criterion != 'patience':  # one exit says nothing twice
+    assert validation.mac_ratio({'scale': found['scale']}) < 0.4
+  [(cost, _)] = validation.costs(setting)
+  room = np.quantile(cost.rows / 14, 0.8, axis=0, method='higher')
+  np.testing.assert_allclose(found['capacities'], room, rtol=1e-6)
+  assert room[-1] > 0.05
+
+
+def test_magic_pyramid_keeps_its_thresholds_when_exits_are_trained():
+  config = imdb_pyramid.get_config('fastbert').to_dict()
+  spec = {
+    'reducers': [{**config['reducer']['reducers'][0], 'target_macs': 0.5}, config['reducer']['reducers'][1]]
+  }
+  asked = [
+    stages.reducer_spec({'name': 'chain', **spec}, (), stage)['reducers'][0]['target_macs']
+    for stage in config['stages'][1:]
+  ]
+  assert asked == [0.5, 0.5, 0.0]
 
 
 def test_magic_pyramid_in_four_stages(tmp_path):

@@ -54,7 +54,7 @@ class Trained:
   def validation(self, spec):
     return None
 
-  def evaluate(self, spec, split='test', params=None):
+  def evaluate(self, spec, split='test', params=None, executor='mask'):
     share = spec.get('budget', spec.get('keep', 0.5))
     scores = dict.fromkeys(SCORES, 0.5 + 0.4 * share)
     found = records(0.5 + 0.4 * share, int(1000 * share))
@@ -233,6 +233,10 @@ def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch, capsys
   assert set(found) == {('dense', None), ('topk', None), ('topk', 0.4), ('ltp', None), ('ltp', 0.4)}
   assert all(time['documents'] == 3 and time['efficiency'] > 0 for time in found.values())
   assert found['dense', None]['time_ratio'] == 1.0 and found['topk', None]['mac_ratio'] < 1
+  rows = json.loads((tmp_path / 'text_pruning.json').read_text())['rows']
+  by_compact = {(row['name'], row['budget']): row['compact'] for row in rows if row.get('compact')}
+  assert set(by_compact) == {('ltp', None), ('ltp', 0.4)}  # its counts depend on the text
+  assert all(one['time_ratio'] > 0 and one['accuracy'] > 0.5 for one in by_compact.values())
   assert {time['command'] for time in found.values()} == {
     f'python benchmarks/{" ".join(given)} --runs=runs'
   }  # a folder of one machine is not told

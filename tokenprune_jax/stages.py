@@ -10,6 +10,8 @@ A method brings its own in `reducers/NAME.py`, beside its module, as plain value
   def expected(fields, depth)         -> {field: value}: stand-ins for what `finish` will hand on: later stages are
                                          checked with them before the first one runs
   CONTROLS = {'threshold': 'exit_threshold', …}     fields that a request's control takes the place of: {field: control}
+  def idle(fields)                    -> {control: value} at which the method does nothing: so the members before it in a
+                                         chain find their own budgets and capacities, which hold whoever leaves
   def inherits(fields)                -> regex of the method's parameters that a stage cannot start without; '': none
 
 fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass
@@ -78,6 +80,7 @@ class Validation(NamedTuple):
   reducer: Callable[[], Any] = dict  # () -> the trained parameters of the method that asks
   encoder: Any = None  # its `EncoderConfig`
   cost: Callable[..., Cost] | None = None  # (batch), where that is to be had for less than `apply`
+  held: Mapping[str, float] = {}  # controls of all passes, but where a caller says otherwise
 
   def of(self, path: Sequence[str]) -> 'Validation':
     """As the method sees it whose parameters lie at `path` under the reducer's."""
@@ -91,13 +94,14 @@ class Validation(NamedTuple):
   def controlled(self, controls: Mapping[str, float]) -> Iterator[tuple[Output, dict[str, jax.Array]]]:
     """(output, batch) of every batch, all examples with the same controls."""
     for batch in self.batches():
-      yield self.apply(with_controls(batch, controls)), batch
+      yield self.apply(with_controls(batch, {**self.held, **controls})), batch
 
   def costs(self, controls: Mapping[str, float]) -> Iterator[tuple[Cost, dict[str, Any]]]:
     """(cost of the real examples, batch) of every batch, all with the same controls; on the host."""
     cost = self.cost or (lambda batch: cost_of(self.apply(batch)))
     for batch in self.batches():
-      found, weight = jax.device_get((cost(with_controls(batch, controls)), batch['weight']))
+      given = with_controls(batch, {**self.held, **controls})
+      found, weight = jax.device_get((cost(given), batch['weight']))
       yield Cost(*(values[weight > 0] for values in found)), batch
 
   def mac_ratio(self, controls: Mapping[str, float]) -> float:
@@ -232,12 +236,15 @@ def find_objective(stage: Mapping[str, Any], spec: Mapping[str, Any], task: Task
 
 
 def finish(spec: Mapping[str, Any], validation: Validation) -> dict[str, dict[str, Any]]:
-  """{reducer: fields} that the stage's reducers hand on."""
-  fields = {}
-  for path, member in placed(spec):
+  """{reducer: fields} that the stage's reducers hand on, each while those behind it in a chain do nothing."""
+  fields, every = {}, placed(spec)
+  for place, (path, member) in enumerate(every):
     end = getattr(module(member['name']), 'finish', None)
     if end is not None:
-      fields[member['name']] = end(member, validation.of(path))
+      held: dict[str, float] = {}
+      for _, later in every[place + 1 :] if path else ():
+        held |= getattr(module(later['name']), 'idle', lambda _: {})(later)
+      fields[member['name']] = end(member, validation.of(path)._replace(held=held))
   return fields
 
 

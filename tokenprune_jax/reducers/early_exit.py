@@ -124,6 +124,11 @@ OBJECTIVES = {
 
 
 # ------------------------------------------------------------------------------------------------ Calibration
+def idle(fields: Mapping[str, Any]) -> dict[str, float]:
+  """Nobody leaves."""
+  return {'exit_threshold': NEVER[fields.get('criterion', Method.criterion)]}
+
+
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """The temperatures, where they are to be fitted, or else capacities, where `overflow_rate` asks for them."""
   if not fields.get('fit_temperatures'):

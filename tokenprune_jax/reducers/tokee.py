@@ -128,6 +128,11 @@ TAUGHT = ('tags_sampled',)
 
 
 # ------------------------------------------------------------------------------------------------ Calibration
+def idle(fields: Mapping[str, Any]) -> dict[str, float]:
+  """Nothing exits."""
+  return {'exit_threshold': LIMITS[fields.get('criterion', Method.criterion)][0]}
+
+
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """Capacities that hold all but `overflow_rate` of the validation sentences, where one is given."""
   return validation.calibrated(fields, lambda cost: cost.queries)
