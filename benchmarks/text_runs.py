@@ -51,18 +51,17 @@ class Method(NamedTuple):
   title: str
   recipe: str
   overrides: tuple[str, ...] = ()
-  executor: str = 'compact'  # fixed counts; 'serve': counts that depend on the text
+  executor: str = 'compact'  # fixed counts, or a plan of known size; 'serve': counts that depend on the text
 
 
 METHODS = {
   'dense_more': Method('dense, trained on', 'dense'),
   'ltp': Method('LTP', 'ltp', BUDGET, 'serve'),
-  'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5'), 'serve'),
+  'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5')),
   'sttabt_pooled': Method(
     'STTABT, ApproxNet of all texts alone, weak mask loss',
     'sttabt',
     (*BUDGET, 'reducer.theta=-0.5', 'reducer.mask_weight=0.001', 'stages[1].train=.*'),
-    'serve',
   ),
   'power': Method('PoWER-BERT', 'power', BUDGET),
   'topk': Method('top-k', 'topk'),
@@ -75,7 +74,6 @@ METHODS = {
     'STTABT, Concrete, distilled with states',
     'sttabt+states',
     (*BUDGET, 'reducer.theta=-0.5', f'stages[1].epochs={LONG}'),
-    'serve',
   ),
   'topk_cls': Method('top-k by [CLS]', 'topk', ('reducer.score=cls',)),
   'topk_random': Method('top-k at random', 'topk', ('reducer.score=random',)),
