@@ -157,21 +157,29 @@ class Validation(NamedTuple):
     order = np.argsort(lengths, kind='stable')
     counts = np.stack([rows, rows > 0], axis=1)[order]  # [N 2 L]
     total = np.cumsum(np.pad(counts.astype(np.float64), ((1, 0), (0, 0), (0, 0))), axis=0)
-    size = min(size, len(order))
-    entries: list[tuple[int, int, tuple[float, ...], tuple[float, ...]]] = []
-    while not entries or size <= len(order) / max(SPAN_BATCHES, 1):
-      widest = lengths[order][size - 1 :]  # of every run of `size` neighbours
-      whole = size * np.stack([widest, np.ones_like(widest)], axis=1)
-      needs = (total[size:] - total[:-size]) / whole[..., None]
-      spans = min(max(int(len(order) / (SPAN_BATCHES * size)), 1), SPANS)
-      bounds = np.unique([part[-1] for part in np.array_split(widest, spans)]).tolist()
-      for shorter, bound in zip([0, *bounds], bounds):
-        span = needs[(widest > shorter) & (widest <= bound)]
-        shares = np.quantile(span, 1 - overflow_rate, axis=0, method='higher')
-        slots, examples = np.clip(shares, 1e-6, 1.0).tolist()
-        entries.append((size, int(bound), tuple(slots), tuple(examples)))
-      size *= 2
-    return tuple(entries)
+    sizes = [min(size, len(order))]
+    while 2 * sizes[-1] <= len(order) / max(SPAN_BATCHES, 1):
+      sizes.append(2 * sizes[-1])
+    return tuple(entry for size in sizes for entry in shared_by(size, lengths[order], total, overflow_rate))
+
+
+def shared_by(
+  size: int, lengths: np.ndarray, total: np.ndarray, overflow_rate: float
+) -> Iterator[tuple[int, int, tuple[float, ...], tuple[float, ...]]]:
+  """The entries of `Validation.batch_capacities` for batches of `size` examples.
+
+  lengths [N]: of the examples, in order; total [N+1 2 L]: slots, and examples, that the first of them need together.
+  """
+  widest = lengths[size - 1 :]  # of every run of `size` neighbours
+  whole = size * np.stack([widest, np.ones_like(widest)], axis=1)
+  needs = (total[size:] - total[:-size]) / whole[..., None]
+  spans = min(max(int(len(lengths) / (SPAN_BATCHES * size)), 1), SPANS)
+  bounds = np.unique([part[-1] for part in np.array_split(widest, spans)]).tolist()
+  for shorter, bound in zip([0, *bounds], bounds):
+    span = needs[(widest > shorter) & (widest <= bound)]
+    shares = np.quantile(span, 1 - overflow_rate, axis=0, method='higher')
+    slots, examples = np.clip(shares, 1e-6, 1.0).tolist()
+    yield size, int(bound), tuple(slots), tuple(examples)
 
 
 def with_controls(batch: Mapping[str, Any], controls: Mapping[str, float]) -> dict[str, Any]:

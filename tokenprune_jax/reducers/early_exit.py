@@ -133,10 +133,9 @@ def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """The temperatures, where they are to be fitted, or else capacities, where `overflow_rate` asks for them."""
   if not fields.get('fit_temperatures'):
     return validation.calibrated(fields, lambda cost: cost.queries)
-  never = NEVER[fields.get('criterion', Method.criterion)]
   earlier = np.array(fields.get('temperatures') or 1.0)[..., None]  # the logits come divided by these
   found: list[tuple] = []
-  for output, batch in validation.controlled({'exit_threshold': never}):
+  for output, batch in validation.controlled(idle(fields)):
     logits, labels, weight = jax.device_get((output.exits, batch['label'], batch['weight']))
     found.append((logits[weight > 0] * earlier, labels[weight > 0]))
   logits, labels = (np.concatenate(parts) for parts in zip(*found))
@@ -169,7 +168,7 @@ def cost_by_threshold(fields: Mapping[str, Any], validation: Any) -> Callable[[f
   """Threshold -> multiply-adds as a share of dense's, from one pass in which nobody leaves."""
   criterion, layers, head = (fields.get(n, getattr(Method, n)) for n in ('criterion', 'layers', 'head'))
   found: list[tuple] = []
-  for output, batch in validation.controlled({'exit_threshold': NEVER[criterion]}):
+  for output, batch in validation.controlled(idle(fields)):
     said = uncertainty(output.exits) if criterion == 'entropy' else -jax.nn.softmax(output.exits).max(-1)
     rows = said, spent(output, layers, head, validation.encoder), output.dense_macs
     rows, weight = jax.device_get((rows, batch['weight']))
