@@ -38,7 +38,7 @@ from tokenprune_jax.models import Classifier
 
 WEIGHTS = {'base': 'mpnet-base', 'minilm': 'minilm-l6'}
 BATCH = 8
-TUNING = 8  # documents that thresholds are found on
+TUNING = 32  # documents that thresholds and capacities are found on
 ARRIVALS = (0.95, 0.7)  # of the offline throughput
 SUSTAINED = 45.0  # seconds of arrivals: those in flight at the end, whom no company joins any more, are not to weigh much
 
@@ -153,7 +153,7 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   rows, tuning = documents(dataset, weights, options.documents)
   ladder, pad = serve.Ladder().settled(weights.config.max_length), weights.config.pad_id
   shapes, wanted = dense_batches(rows, ladder, pad), speed.specs(weights.config.depth)
-  others = [batch_of(tuning[i : i + 4], ladder.lengths[-1], 4, pad) for i in range(0, len(tuning), 4)]
+  others = dense_batches(tuning, ladder, pad)['bucketed']  # shares of what a batch is padded to, as they will be used
   macs: dict[str, float] = {}
 
   def program(name: str) -> timing.Forward | timing.Served:
@@ -163,8 +163,9 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     model = speed.made(spec, weights.config)
     found: timing.Forward | timing.Served
     if executor == 'compact':
-      found = timing.Forward(model.clone(executor='compact'), params, shapes['bucketed'])
-      macs[name] = speed.settled(spec, weights.config, params, shapes['bucketed'], 0)[1]
+      model = model.clone(executor='compact')
+      found = timing.Forward(model, params, shapes['bucketed'])
+      macs[name] = speed.validation_of(model, params, shapes['bucketed']).mac_ratio({})  # what there was no room for left out
     else:
       found = timing.Served(model, params, rows, {})
       macs[name] = found.macs

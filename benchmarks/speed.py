@@ -5,8 +5,8 @@
 
 Writes results/speed.json and .md. Methods that take a budget are set to `--budget` of dense's multiply-adds. `dense` is the
 faster of the plain program and the one that works on groups of rows that stay in the cache; a method is compared with it.
-Methods whose counts depend on the data run under `serve`, everything on the host included, on random weights: for real
-documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where it is not installed its
+Methods whose counts depend on the data run under `serve`, everything on the host included, or within capacities
+(`…_compact`), on random weights: for real documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where it is not installed its
 columns are null. The same command goes on with the rows that are not measured yet.
 """
 
@@ -66,7 +66,9 @@ def specs(depth: int) -> dict[str, tuple[dict[str, Any], str]]:
     'fuzzy_combine_early': ({'name': 'chain', 'reducers': (rank, early)}, 'compact'),
     'student': ({'name': 'student', 'layers': tuple(range(1, depth + 1, 2))}, 'compact'),
     'threshold': ({'name': 'threshold'}, 'serve'),
+    'threshold_compact': ({'name': 'threshold', 'overflow_rate': 0.05}, 'compact'),
     'ltp': ({'name': 'ltp'}, 'serve'),
+    'ltp_compact': ({'name': 'ltp', 'overflow_rate': 0.05}, 'compact'),
     'sttabt': ({'name': 'sttabt', 'mode': 'topk', 'overflow_rate': 0.05}, 'compact'),
     'sttabt_concrete': ({'name': 'sttabt', 'mode': 'hard', 'overflow_rate': 0.05}, 'compact'),
     'early_exit': ({'name': 'early_exit', 'layers': tuple(range(1, depth))}, 'serve'),
