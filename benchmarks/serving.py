@@ -153,7 +153,9 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   rows, tuning = documents(dataset, weights, options.documents)
   ladder, pad = serve.Ladder().settled(weights.config.max_length), weights.config.pad_id
   shapes, wanted = dense_batches(rows, ladder, pad), speed.specs(weights.config.depth)
-  others = dense_batches(tuning, ladder, pad)['bucketed']  # shares of what a batch is padded to, as they will be used
+  others = dense_batches(tuning, ladder, pad)[
+    'bucketed'
+  ]  # capacities are shares of what a batch is padded to
   macs: dict[str, float] = {}
 
   def program(name: str) -> timing.Forward | timing.Served:
@@ -165,7 +167,8 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     if executor == 'compact':
       model = model.clone(executor='compact')
       found = timing.Forward(model, params, shapes['bucketed'])
-      macs[name] = speed.validation_of(model, params, shapes['bucketed']).mac_ratio({})  # what there was no room for left out
+      # By the same executor: what there was no room for is not counted.
+      macs[name] = speed.validation_of(model, params, shapes['bucketed']).mac_ratio({})
     else:
       found = timing.Served(model, params, rows, {})
       macs[name] = found.macs

@@ -6,8 +6,9 @@
 Writes results/speed.json and .md. Methods that take a budget are set to `--budget` of dense's multiply-adds. `dense` is the
 faster of the plain program and the one that works on groups of rows that stay in the cache; a method is compared with it.
 Methods whose counts depend on the data run under `serve`, everything on the host included, or within capacities
-(`…_compact`), on random weights: for real documents see benchmarks/serving.py. torch is `transformers` at the same shape, eager and SDPA; where it is not installed its
-columns are null. The same command goes on with the rows that are not measured yet.
+(`…_compact`), on random weights: for real documents see benchmarks/serving.py. torch is `transformers` at the
+same shape, eager and SDPA; where it is not installed its columns are null. The same command goes on with the rows that are
+not measured yet.
 """
 
 import argparse

@@ -242,7 +242,7 @@ def test_nothing_is_compiled_after_precompile_where_words_halt():
 def test_what_is_kept_of_words_is_as_long_as_their_bucket():
   model, params = model_and_params(TINY)
   with serve.Server(model, params, ladder=LADDER) as server:
-    assert {(bucket.slots, bucket.length) for bucket in server.buckets(2)} == {(8, 8), (16, 16)}
+    assert {(bucket.slots, bucket.length) for bucket in server.buckets.of(2)} == {(8, 8), (16, 16)}
     kept = server.programs.shapes(2, segments.Bucket(4, 8, length=8)).memory
   assert kept['prediction'].shape == (4, 8, 3) and kept['board'].size == 0
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import apply, model_and_params, ragged_batch
-from tokenprune_jax import flops, segments, serve
+from tokenprune_jax import flops, ladder, segments, serve
 from tokenprune_jax.errors import UserError
 
 PYRAMID = {
@@ -231,7 +231,7 @@ def test_nobody_waits_for_what_breaks_before_it_starts(monkeypatch, step):
   def broken(*_):
     raise RuntimeError('a defect')
 
-  monkeypatch.setattr(server, step, broken)
+  monkeypatch.setattr(server if step == 'batch' else server.buckets, step, broken)
   with pytest.raises(RuntimeError, match='a defect'):
     server.submit([5, 6]).result(60)
   server.close()
@@ -267,15 +267,15 @@ def test_a_ladder_that_is_none_is_refused(ladder, words):
 
 
 def test_examples_go_one_by_one_where_that_costs_less():
-  assert not serve.crowded(1, 64, 512) and serve.crowded(8, 64, 512)
-  assert serve.crowded(3, 64, 0.25 * 512) and not serve.crowded(3, 64, 512)
-  assert serve.crowded(1, 512, 512)  # a full batch, of one row
+  assert not ladder.crowded(1, 64, 512) and ladder.crowded(8, 64, 512)
+  assert ladder.crowded(3, 64, 0.25 * 512) and not ladder.crowded(3, 64, 512)
+  assert ladder.crowded(1, 512, 512)  # a full batch, of one row
 
 
 def test_a_quarter_holds_the_count():
   for total in (16, 60, 512):
     for count in range(total + 1):
-      share = serve.quarter(count, total)
+      share = ladder.quarter(count, total)
       assert (total if share is None else -(-share * total // 4)) >= count
       assert share in (None, 1) or (share - 1) * total / 4 < count
 

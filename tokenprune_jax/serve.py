@@ -13,7 +13,6 @@ that of the executor `mask`, whatever else is served beside it.
 import collections
 import concurrent.futures
 import dataclasses
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,8 +21,9 @@ import jax
 import numpy as np
 
 from tokenprune_jax import flops
+from tokenprune_jax.buckets import Buckets, Place
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.ladder import COARSE, HALF, LENGTHS, QUARTERS, SHORT, Ladder, crowded, quarter
+from tokenprune_jax.ladder import COARSE, LENGTHS, Ladder
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.request import Answer, Reader, Request
 from tokenprune_jax.segments import Bucket, Programs, Report, State
@@ -31,13 +31,6 @@ from tokenprune_jax.segments import Bucket, Programs, Report, State
 STARTED = 2  # batches whose results were not read yet: the host works while the device does
 HELD = 32  # full batches that pools may hold before new requests have to wait
 PATIENCE = 1000  # batches that may start before those that wait for company go without
-
-
-class Place(NamedTuple):
-  """Where rows wait: the segment that comes next, and their bucket in it."""
-
-  segment: int
-  bucket: Bucket
 
 
 @dataclasses.dataclass
@@ -84,17 +77,11 @@ class Server:
       raise UserError(f'queue is {queue}; it is how many requests may wait, 1 or more.')
     config, controls = model.config, dict(controls or {})
     self.labels = tuple(labels)
-    self.words, self.shortens = model.reducer.needs_words(), model.reducer.shortens()
-    self.halts = 'rows' in model.reducer.separates()
-    self.model, self.queue = model, queue
+    self.model, self.queue, self.words = model, queue, model.reducer.needs_words()
     self.ladder = (ladder or Ladder(COARSE if self.words else LENGTHS)).settled(config.max_length)
-    # What is kept of each token is kept by its place in the input: then examples share a pool with their like.
-    self.by_length = model.readout == 'tokens' or not self.shortens
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
-    # Rows are gathered where slots stay that are not updated: of words that halt, or the padding of short sentences.
-    stays = self.halts or (model.readout == 'tokens' and not self.shortens)
-    self.gathers = stays and len(self.programs.segments) > 1
+    self.buckets = Buckets(model, self.programs, self.ladder)
     self.waiting: collections.deque[Request] = collections.deque()
     self.pools: dict[Place, Pool] = {}  # none of them full; the oldest first
     self.full: list[Pool] = []
@@ -163,13 +150,14 @@ class Server:
   def precompile(self) -> int:
     """Compiles every program that a request can need; returns how many there are."""
     for index in range(len(self.programs.segments)):
-      for bucket in self.buckets(index):
-        for form in self.forms(index, bucket):
+      for bucket in self.buckets.of(index):
+        for form in self.buckets.forms(index, bucket):
           self.programs.program(index, form)
         if index and bucket.rows > 1:
           self.alone(Pool(Place(index, bucket), self.programs.room(index, bucket), []), 0)
-      if index:
-        self.precompile_moves(index)
+      for target, source in self.buckets.moves(index) if index else ():
+        room = self.programs.room(index, target)
+        self.programs.move(room, self.programs.room(index, source), np.zeros(target.rows, np.int32))
     return len(self.programs)
 
   def close(self, cancel: bool = False) -> None:
@@ -186,99 +174,6 @@ class Server:
 
   def __exit__(self, kind, error, trace) -> None:
     self.close(cancel=error is not None)
-
-  # ------------------------------------------------------------------------------------------------ Shapes
-  def rows(self, slots: int) -> int:
-    """Rows of a full batch: twice as many where about half of the slots are computed."""
-    return self.ladder.rows(slots) * (2 if self.together(slots) else 1)
-
-  def entry(self, slots: int) -> Bucket:
-    """The full bucket of requests that need so many slots."""
-    return Bucket(self.rows(slots), slots, length=slots if self.by_length else 0)
-
-  def buckets(self, index: int) -> list[Bucket]:
-    """All full buckets that a segment may get."""
-    entries = [self.entry(slots) for slots in self.ladder.lengths]
-    if index == 0:
-      return entries
-    return [
-      Bucket(self.rows(slots), slots, *shares, length)
-      for length in dict.fromkeys(bucket.length for bucket in entries)
-      for slots in self.left(index, length)
-      for shares in self.shares(slots)
-    ]
-
-  def together(self, slots: int) -> bool:
-    """Whether batches of so many slots gather the rows of all examples together, so that any may share them."""
-    return self.gathers and slots <= SHORT and self.ladder.rows(slots) > 1
-
-  def forms(self, index: int, bucket: Bucket) -> list[Bucket]:
-    """What a segment's programs are compiled for, of a full bucket: all of its rows, or one."""
-    alone = bucket._replace(rows=1)
-    if not self.together(bucket.slots):
-      return list(dict.fromkeys((alone, bucket)))
-    return [
-      *(bucket._replace(together=share) for share in (None, *range(1, QUARTERS))),
-      *(alone._replace(updated=share) for share in ((None, HALF) if index and self.halts else (None,))),
-    ]
-
-  def form(self, place: Place, updated: Sequence[int]) -> Place:
-    """The program for examples of a bucket of which so many slots are updated; of requests, so many tokens."""
-    index, bucket = place
-    if not self.together(bucket.slots):
-      return place
-    added = self.programs.result(max(index - 1, 0)).tokens.added
-    total = bucket.slots + added
-    if bucket.rows > 1:
-      count = sum(updated) + (0 if index else added * len(updated))
-      bucket = bucket._replace(together=quarter(count, bucket.rows * total))
-    elif index and self.halts and 2 * updated[0] <= total:
-      bucket = bucket._replace(updated=HALF)
-    return Place(index, bucket)
-
-  def worth(self, place: Place, requests: Sequence[Request]) -> bool:
-    """Whether requests go as one batch of a program, rather than one by one."""
-    rows, slots, together = place.bucket.rows, place.bucket.slots, place.bucket.together
-    # What is of all slots (keys, values, attention) takes about a quarter of a whole block's time.
-    share = 1.0 if together is None else (1 + 3 * together / QUARTERS) / 4
-    return crowded(len(requests), slots, share * rows * slots)
-
-  def left(self, index: int, length: int) -> tuple[int, ...]:
-    """Input slots that a segment may get of examples of a length (0: of any); 0 alone where all were combined."""
-    if index and not self.programs.has_inputs(index - 1):
-      return (0,)
-    if length and (index == 0 or not self.shortens):
-      return (length,)
-    return tuple(slots for slots in self.ladder.lengths if slots <= (length or slots))
-
-  def apart(self, slots: int) -> set[str]:
-    """Of which of 'keys' and 'rows' examples that share a pool have the same quarter."""
-    return set(self.model.reducer.separates()) - ({'rows'} if self.together(slots) else set())
-
-  def shares(self, slots: int) -> list[tuple[int | None, int | None]]:
-    """The quarters of keys and rows by which pools differ."""
-    names = self.apart(slots)
-    keys, updated = ([None, *range(1, QUARTERS)] if name in names else [None] for name in ('keys', 'rows'))
-    return list(itertools.product(keys, updated))
-
-  def precompile_moves(self, index: int) -> None:
-    """What takes rows of the results before a segment to its pools."""
-    for target in self.buckets(index):
-      for slots in self.left(index - 1, target.length):
-        before = slots if self.programs.has_inputs(index - 1) else 0
-        if target.slots <= before:
-          for rows in {1, self.rows(slots)}:
-            source = self.programs.room(index, Bucket(rows, before, length=target.length))
-            self.programs.move(self.programs.room(index, target), source, np.zeros(target.rows, np.int32))
-
-  def bucket(self, place: Place, report: Report, row: int) -> Bucket:
-    """Where a row goes after the segment that ran at `place`."""
-    index, length = place.segment, place.bucket.length
-    slots = self.ladder.slots(max(int(report.live[row]), 1)) if self.programs.has_inputs(index) else 0
-    total, apart = slots + self.programs.result(index).tokens.added, self.apart(slots)
-    keys = quarter(int(report.widest[row]), total) if 'keys' in apart else None
-    updated = quarter(int(report.updated[row]), total) if 'rows' in apart else None
-    return Bucket(self.rows(slots), slots, keys, updated, length)
 
   # ------------------------------------------------------------------------------------------------ The loop
   def loop(self) -> None:
@@ -331,9 +226,9 @@ class Server:
     for request in self.waiting:
       slots = self.ladder.slots(len(request.ids))
       group = groups.setdefault(slots, [])
-      if len(group) < self.rows(slots):
+      if len(group) < self.buckets.rows(slots):
         group.append(request)
-      if whole and len(group) == self.rows(slots):
+      if whole and len(group) == self.buckets.rows(slots):
         chosen = group
         break
     if not whole:
@@ -348,9 +243,9 @@ class Server:
     """Starts the first segment."""
     self.hand = requests
     slots = self.ladder.slots(max(len(request.ids) for request in requests))
-    bucket = self.entry(slots)
-    place = self.form(Place(0, bucket), [len(request.ids) for request in requests])
-    if self.worth(place, requests):
+    bucket = self.buckets.entry(slots)
+    place = self.buckets.form(Place(0, bucket), [len(request.ids) for request in requests])
+    if self.buckets.worth(place, len(requests)):
       self.start(place, self.batch(requests, bucket), requests)
       return
     for request in requests:
@@ -375,13 +270,13 @@ class Server:
   def run(self, pool: Pool) -> None:
     """Starts a pool's program; where most of its rows are empty, one row at a time."""
     self.hand = pool.requests
-    place = self.form(pool.place, pool.updated)
-    if self.worth(place, pool.requests):
+    place = self.buckets.form(pool.place, pool.updated)
+    if self.buckets.worth(place, len(pool.requests)):
       self.start(place, pool.state, pool.requests)
       return
     for row, request in enumerate(pool.requests):
       place = pool.place._replace(bucket=pool.place.bucket._replace(rows=1))
-      self.start(self.form(place, pool.updated[row : row + 1]), self.alone(pool, row), [request])
+      self.start(self.buckets.form(place, pool.updated[row : row + 1]), self.alone(pool, row), [request])
 
   def alone(self, pool: Pool, row: int) -> State:
     """One row of a pool."""
@@ -410,7 +305,7 @@ class Server:
         if segment.last or report.exited[row]:
           self.answer(request, report, row)
         else:
-          going.setdefault(self.bucket(batch.place, report, row), []).append(row)
+          going.setdefault(self.buckets.after(batch.place, report, row), []).append(row)
       for bucket, rows in going.items():
         self.pour(Place(batch.place.segment + 1, bucket), batch._replace(report=report), rows)
     except Exception as error:  # noqa: BLE001
