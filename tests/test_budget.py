@@ -20,6 +20,7 @@ SPECS = {
   'topk by ratio': {'name': 'topk', 'ratio': 0.7},
   'power': {'name': 'power', 'counts': (24, 16, 16, 5)},
   'ltp': {'name': 'ltp', 'threshold': 0.01},
+  'ltp below its budget': {'name': 'ltp', 'threshold': 0.005, 'target_macs': 0.8},
   'threshold': {'name': 'threshold', 'threshold': 0.01},
   'back-tracking': {'name': 'sttabt', 'mode': 'topk', 'factor': 4},
   'exits': EXITS,
@@ -56,6 +57,7 @@ def test_a_budget_is_met(name):
 CHAIN = {'name': 'chain', 'reducers': (SPECS['ltp'], EXITS)}
 CHANGED = {
   'ltp': {'name': 'ltp', 'threshold': 0.02, 'scale': 0.7, 'capacities': (0.5,) * 4},
+  'ltp below its budget': {**SPECS['ltp below its budget'], 'floor': 0.008},
   'threshold': {'name': 'threshold', 'threshold': 0.02},
   'back-tracking': {**SPECS['back-tracking'], 'keep': 0.2},
   'thresholds': {**SPECS['thresholds'], 'shift': -0.4},

@@ -11,7 +11,7 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch, requests
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, families, flops, models, segments, serve, train
+from tokenprune_jax import conversion, families, flops, models, segments, serve, stages, train
 from tokenprune_jax.encoder import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs
@@ -205,6 +205,29 @@ def test_a_budget_has_the_value_of_hard_masks_and_a_gradient_that_lowers_it():
   assert abs(float(found.macs.sum() / found.dense_macs.sum()) - 0.4) < 0.1
 
 
+@pytest.mark.parametrize('first_layer', [False, True])
+def test_below_what_it_was_trained_for_the_first_layer_that_prunes_gives_more(first_layer):
+  spec = {'name': 'ltp', 'threshold': 0.014, 'target_macs': 0.8, 'first_layer': first_layer}
+  model, params = model_and_params(spec)
+  batch = {**ragged_batch((30, 24, 20, 14), 30), 'weight': np.ones(4, np.float32)}
+  forward = jax.jit(stages.forward(model))
+  validation = stages.Validation(lambda batch: forward(params, batch), lambda: [batch], dict, model.config)
+  trained = validation.mac_ratio({})
+  cheaper = stages.at_budget(spec, trained - 0.1, validation)
+  assert cheaper['floor'] > 0 and cheaper['scale'] == 1.0
+  dearer = stages.at_budget(cheaper, trained + 0.05, validation)
+  assert dearer['floor'] == 0.0 and dearer['scale'] < 1.0
+  before, after = (
+    np.asarray(forward(params, stages.with_controls(batch, {'floor': floor})).trace.keys.mean(0))
+    for floor in (0.0, cheaper['floor'])
+  )
+  first = 1 if first_layer else 2  # layers that attend to all tokens
+  np.testing.assert_array_equal(after[:first], before[:first])
+  assert after[first] < before[first]
+  # Without a budget of its own, a model is set by its scale alone.
+  assert stages.at_budget({**spec, 'target_macs': 0.0}, trained - 0.1, validation)['floor'] == 0.0
+
+
 def test_three_stages_meet_the_budget_on_validation(tmp_path):
   wanted = tiny_config(
     reducer={'name': 'ltp', 'target_macs': 0.6, 'weight': 1.0, 'temperature': 5e-3},
@@ -233,6 +256,7 @@ def test_three_stages_meet_the_budget_on_validation(tmp_path):
     ({'score_norm': 'mean'}, "score_norm is 'mean'"),
     ({'soft_form': 'no'}, "soft_form is 'no'"),
     ({'scale': -1.0}, 'scale is -1.0'),
+    ({'floor': -1.0}, 'floor is -1.0'),
     ({'capacities': (0.5,)}, 'capacities needs 4 shares'),
   ],
 )

@@ -15,7 +15,11 @@ is its limit; the official code multiplies the layer's output instead (`soft_for
 
 `first_layer` lets layer 1 prune too, and has l in place of l - 1: where layers are few, a budget is else spent below.
 
-Controls of a request: `threshold`, `scale` [b], in place of the fields.
+Ours is how a model is set below the budget it was trained for: `floor`, the lowest threshold of the first layer that prunes.
+Trained thresholds leave that layer nearly whole and little behind the middle ones, so that a larger `scale` takes the little
+that is left there; what leaves first is saved in all layers behind.
+
+Controls of a request: `threshold`, `scale`, `floor` [b], in place of the fields.
 """
 
 from collections.abc import Mapping
@@ -36,9 +40,12 @@ from tokenprune_jax.tokens import Tokens, leave
 
 TINY: dict = {'threshold': 0.015}
 NEUTRAL: dict = {'threshold': 0.0, 'scale': 0.0}
-CONTROLS = {'threshold': 'threshold', 'scale': 'scale'}
+CONTROLS = {'threshold': 'threshold', 'scale': 'scale', 'floor': 'floor'}
 NORMS = ('received', 'per_live_token', 'per_padded_token')
 SOFT_FORMS = ('stream', 'output')
+HALF = (
+  0.5 / threshold.REFERENCE
+)  # of the attention that a token receives on average: where a floor is looked for first
 LOWEST = 1e-5  # of a hard threshold: a token that receives nothing leaves wherever a layer prunes
 
 
@@ -61,16 +68,31 @@ def straight_through(hard: Float[Array, '*b'], soft: Float[Array, '*b']) -> Floa
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """The scale at which validation meets the budget, where there is one; then capacities, where a rate is given."""
-  if fields.get('target_macs'):
-    return at_budget(fields, fields['target_macs'], validation)
-  return validation.calibrated(fields, lambda cost: cost.rows)
+  found = scaled(fields, fields['target_macs'], validation) if fields.get('target_macs') else {}
+  return {**found, **validation.calibrated(fields, lambda cost: cost.rows, found)}
+
+
+def scaled(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, float]:
+  """The factor of all thresholds at which validation costs it, without a floor."""
+
+  def cost(scale):
+    return validation.mac_ratio({'scale': scale, 'floor': 0.0})
+
+  return {'scale': budget.from_zero(cost, target, fields.get('scale', Method.scale)), 'floor': 0.0}
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
-  """The factor of all thresholds, as `budget` asks for it; capacities go with it."""
-  start = fields.get('scale', Method.scale)
-  scale = {'scale': budget.from_zero(lambda scale: validation.mac_ratio({'scale': scale}), target, start)}
-  return {**scale, **validation.calibrated(fields, lambda cost: cost.rows, scale)}
+  """The scale, as `budget` asks for it; below what a model was trained for the floor; capacities go with it."""
+  kept = {'scale': fields.get('scale', Method.scale)}
+
+  def cost(floor):
+    return validation.mac_ratio({**kept, 'floor': floor})
+
+  if fields.get('target_macs') and target < cost(0.0) - budget.CLOSE:
+    found = {**kept, 'floor': budget.from_zero(cost, target, fields.get('floor') or HALF)}
+  else:
+    found = scaled(fields, target, validation)
+  return {**found, **validation.calibrated(fields, lambda cost: cost.rows, found)}
 
 
 class Deltas(nn.Module):
@@ -92,6 +114,7 @@ class Method(Reducer):
     0.0  # the budget, as a share of dense's multiply-adds; 0: none, masks are pushed down by `weight` alone
   )
   scale: float = 1.0  # factor of all thresholds: how a trained model meets its budget
+  floor: float = 0.0  # lowest threshold of the first layer that prunes, in the unit of `threshold`; 0: none
   score_norm: str = 'received'  # or 'per_live_token', 'per_padded_token'
   soft_form: str = 'stream'  # or 'output'
   protect: bool = True  # [CLS], which the official code does not
@@ -102,7 +125,7 @@ class Method(Reducer):
   )
 
   def check(self, depth: int, heads: int) -> None:
-    for key, low in (('threshold', 0), ('scale', 0), ('weight', 0)):
+    for key, low in (('threshold', 0), ('scale', 0), ('floor', 0), ('weight', 0)):
       if not getattr(self, key) >= low:
         raise UserError(f'reducer.{key} is {getattr(self, key)}; expected {low} or more')
     if not self.temperature > 0:
@@ -134,13 +157,16 @@ class Method(Reducer):
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     b = inputs.ids.shape[0]
-    base, scale = (
+    base, scale, floor = (
       inputs.controls.get(name, jnp.full(b, value)).astype(jnp.float32)[:, None]
-      for name, value in (('threshold', self.threshold), ('scale', self.scale))
+      for name, value in (('threshold', self.threshold), ('scale', self.scale), ('floor', self.floor))
     )
-    rising = base * (jnp.arange(inputs.depth) + self.first_layer) / inputs.depth
+    layer = jnp.arange(inputs.depth)
+    rising = base * (layer + self.first_layer) / inputs.depth
+    theta = scale * (rising + self.learned(inputs.depth) / threshold.REFERENCE)
+    raised = (layer == (0 if self.first_layer else 1)) & (floor > 0)
     memory = {
-      'thresholds': scale * (rising + self.learned(inputs.depth) / threshold.REFERENCE),
+      'thresholds': jnp.where(raised, jnp.maximum(theta, floor), theta),
       'layers_run': jnp.zeros(b, jnp.int32),
     }
     if self.protect:
