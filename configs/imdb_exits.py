@@ -25,6 +25,9 @@ EXITS = {
   'batch_capacities': (),
   'overflow_rate': 0.0,
 }
+RATE = (
+  1e-4  # of what is trained alone on frozen states (classifiers ten times that), whatever suits the encoder
+)
 THRESHOLD = {'name': 'threshold', 'threshold': 0.005, 'capacities': (), 'overflow_rate': 0.01}
 
 
@@ -43,7 +46,10 @@ def get_config(argument: str = 'exits') -> ml_collections.ConfigDict:
   if variant not in reducers:
     raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(reducers)}')
   tune = settings.stage(name='tune', epochs=2)
-  fit = settings.stage(name='exits', init='tune', train='reducer/.*', objective='exits', epochs=1)
+  fit = settings.stage(
+    name='exits', init='tune', train='reducer/.*', objective='exits', epochs=1,
+    rate=RATE / config.optimizer.learning_rate,
+  )  # fmt: skip
   with config.unlocked():
     config.reducer = reducers[variant]
     config.model.executor = 'serve'

@@ -37,6 +37,7 @@ def get_config(argument: str = 'linear') -> ml_collections.ConfigDict:
       settings.stage(
         name='exits', epochs=2, init='hard', train='reducer/reducers_1/.*', objective='exits',
         reducer={'ltp': {**hard['reducer'], 'target_macs': 0.0}},  # its thresholds stay as they are
+        rate=imdb_exits.RATE / config.optimizer.learning_rate,
       ),
     )  # fmt: skip
   return config
