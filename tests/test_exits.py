@@ -19,7 +19,7 @@ from tokenprune_jax.reducers import early_exit
 
 sys.path.insert(0, '.')  # configs is no part of the installed package
 
-from configs import imdb_pyramid
+from configs import imdb_exits, imdb_pyramid
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 LENGTHS = (14, 9, 5, 2, 1)
@@ -423,3 +423,15 @@ def test_an_objective_of_exits_needs_exits():
     early_exit.exits(
       lambda p, b, r: model.apply({'params': p}, jax.tree.map(jnp.asarray, b)), params, BATCH, None, None
     )
+
+
+@pytest.mark.parametrize(
+  'recipe', [imdb_exits.get_config, lambda given: imdb_pyramid.get_config(f'fastbert{given[5:]}')]
+)
+def test_what_learns_on_frozen_states_has_one_rate_whatever_the_encoder(recipe):
+  rates = []
+  for weights in ('minilm-l6', 'mpnet-base'):
+    config = recipe(f'exits,{weights}')
+    assert config.stages[-1]['name'] == 'exits'
+    rates.append(config.optimizer.learning_rate * config.stages[-1]['rate'])
+  assert rates == pytest.approx([imdb_exits.RATE] * 2)
