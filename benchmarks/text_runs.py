@@ -44,6 +44,8 @@ HALF_PRUNED = ('reducer.reducers[0].target_macs=0.5',)  # exits take off the res
 ADAPTED = 3  # epochs that an ApproxNet of all texts goes on for on the attention of a dataset's own dense run
 LONG = 5  # epochs of the last stage where a teacher's states are learned: they go on telling more when labels are known
 
+CASCADE = '(0.459,0.459,0.459,0.367,0.275,0.184)'  # SpAtten's schedule, whose first half is whole, scaled to TRAINED_AT
+
 
 class Method(NamedTuple):
   """How a method stands in tables, what configs/prune.py calls it, what is changed of its config, and how it is timed."""
@@ -79,8 +81,10 @@ METHODS = {
   'topk_random': Method('top-k at random', 'topk', ('reducer.score=random',)),
   'topk_cumulative': Method('top-k, cumulative', 'topk', ('reducer.score=cumulative',)),
   'manual': Method('top-k, manual schedule', 'manual', ('reducer.score=received',)),
-  'cascade': Method('cascade of tokens', 'cascade'),
-  'spatten': Method('cascade of tokens and heads (SpAtten)', 'spatten'),
+  'cascade': Method('cascade of tokens', 'cascade', (f'reducer.shares={CASCADE}',)),
+  'spatten': Method(
+    'cascade of tokens and heads (SpAtten)', 'spatten', (f'reducer.reducers[0].shares={CASCADE}',)
+  ),
   'exits': Method('exits, linear', 'exits', executor='serve'),
   'fastbert': Method('FastBERT', 'exits', ('reducer.head=attention',), 'serve'),
   'pyramid': Method('Magic Pyramid', 'pyramid', HALF_PRUNED, 'serve'),
