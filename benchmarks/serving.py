@@ -153,9 +153,8 @@ def measured(options: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
   rows, tuning = documents(dataset, weights, options.documents)
   ladder, pad = serve.Ladder().settled(weights.config.max_length), weights.config.pad_id
   shapes, wanted = dense_batches(rows, ladder, pad), speed.specs(weights.config.depth)
-  others = dense_batches(tuning, ladder, pad)[
-    'bucketed'
-  ]  # capacities are shares of what a batch is padded to
+  # By length, as they will be used: capacities are shares of what a batch is padded to.
+  others = dense_batches(tuning, ladder, pad)['bucketed']
   macs: dict[str, float] = {}
 
   def program(name: str) -> timing.Forward | timing.Served:

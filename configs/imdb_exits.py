@@ -25,9 +25,8 @@ EXITS = {
   'batch_capacities': (),
   'overflow_rate': 0.0,
 }
-RATE = (
-  1e-4  # of what is trained alone on frozen states (classifiers ten times that), whatever suits the encoder
-)
+# Of what is trained alone on frozen states, whatever suits the encoder; classifiers have ten times that.
+RATE = 1e-4
 THRESHOLD = {'name': 'threshold', 'threshold': 0.005, 'capacities': (), 'overflow_rate': 0.01}
 
 
