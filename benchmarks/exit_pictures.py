@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import report, tagging, text_pruning
 from benchmarks.text_runs import METHODS, PLANS
 from benchmarks.trained import Trained
-from tokenprune_jax import layer_picture, stages
+from tokenprune_jax import layer_picture, specs
 from tokenprune_jax.data import tags
 from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.predict import Reading, Word
@@ -82,7 +82,7 @@ def texts(options: argparse.Namespace) -> None:
   depths, depth = {}, 0
   for point in study.document['rows']:
     own = (point['dataset'], point['seed'], point['budget']) == (options.texts, 0, options.budget)
-    if own and point['metrics'] and 'early_exit' in stages.names(point['reducer']):
+    if own and point['metrics'] and 'early_exit' in specs.names(point['reducer']):
       trained = Trained(study.folder(rows[options.texts, point['name']]))
       costs = trained.validation(point['reducer']).costs({})
       depths[METHODS[point['name']].title] = np.concatenate([(c.queries > 0).sum(-1) for c, _ in costs])

@@ -26,7 +26,8 @@ import numpy as np
 
 from benchmarks import measure, report, serving, speed
 from tokenprune_jax import ladder, pretrained, timing, tokens, workdir
-from tokenprune_jax.encoder import Block, EncoderConfig
+from tokenprune_jax.block import Block
+from tokenprune_jax.encoder_config import EncoderConfig
 
 SHARES = (1.0, 0.5, 0.25)  # of a document's tokens that are left, on average
 ROWS = (128, 256, 512)  # slots of a packed row

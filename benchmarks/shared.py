@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import report, turns
 from benchmarks.trained import Trained
-from tokenprune_jax import stages, timing
+from tokenprune_jax import specs, stages, timing
 
 OVERFLOW = 0.25  # share of batches that a shared capacity may be too small for
 
@@ -43,10 +43,10 @@ def measure(
 
 def bounded(spec: Mapping[str, Any], size: int, trained: Trained) -> Mapping[str, Any]:
   """The spec with capacities: what batches of `size` share, where examples or words stop by themselves; else its own."""
-  if not stages.sharers(spec):
+  if not specs.sharers(spec):
     return spec
-  wanted = stages.sharing(spec, size, OVERFLOW)
-  return stages.with_handed_on(wanted, stages.finish(wanted, trained.validation(wanted)))
+  wanted = specs.sharing(spec, size, OVERFLOW)
+  return specs.with_handed_on(wanted, stages.finish(wanted, trained.validation(wanted)))
 
 
 def score_of(found: Mapping[str, Any]) -> str:

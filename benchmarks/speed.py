@@ -29,10 +29,11 @@ import jax
 import numpy as np
 
 from benchmarks import report, turns
+from tokenprune_jax import costs, stages, timing, workdir
 from tokenprune_jax import schedule as fixed
-from tokenprune_jax import stages, timing, workdir
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
+from tokenprune_jax.specs import module
 
 LABELS = 2
 EXECUTORS = ('mask', 'compact', 'serve')
@@ -102,16 +103,16 @@ def settled(
   def validation(spec):
     return validation_of(made(spec, config), params, batches)
 
-  if budget and hasattr(stages.module(spec['name']), 'at_budget'):
+  if budget and hasattr(module(spec['name']), 'at_budget'):
     spec = stages.at_budget(spec, budget, validation(spec))
   return spec, validation(spec).mac_ratio({})
 
 
-def validation_of(model: Classifier, params: Any, batches: Sequence[dict]) -> stages.Validation:
+def validation_of(model: Classifier, params: Any, batches: Sequence[dict]) -> costs.Validation:
   """What a model, by the executor `mask`, does on ready-made batches."""
   weighted = [{**batch, 'weight': batch['mask'].any(-1).astype(np.float32)} for batch in batches]
   forward = jax.jit(stages.forward(model))
-  return stages.Validation(
+  return costs.Validation(
     lambda batch: forward(params, batch), lambda: weighted, lambda: params.get('reducer', {}), model.config
   )
 

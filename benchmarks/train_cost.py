@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from benchmarks import measure, report
-from tokenprune_jax import data, flops, optim, pretrained, stages, tasks, timing, train, workdir
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax import costs, data, flops, optim, pretrained, stages, tasks, timing, train, workdir
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
 
 LABELS = 5
@@ -126,7 +126,7 @@ def calibrated(length: int, documents: int = 24) -> tuple[tuple[float, ...], dic
     )
     return plan.iterator(0)
 
-  validation = stages.Validation(apply, lambda: batches('valid'))
+  validation = costs.Validation(apply, lambda: batches('valid'))
   capacities = validation.capacities(lambda cost: cost.widest, OVERFLOW_RATE)
   widest = np.concatenate([np.asarray(apply(b).trace.widest)[b['weight'] > 0] for b in batches('test')])
   overflow = float((widest / length > np.array(capacities) + 1e-6).any(-1).mean())

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
 
 TINY_CONFIG = EncoderConfig(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.reference import model_and_params, ragged_batch
-from tokenprune_jax import budget, stages
+from tokenprune_jax import budget, costs, specs, stages
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
 
@@ -34,7 +34,7 @@ def validation_of(spec):
   model, params = model_and_params(spec)
   batch = {name: jnp.asarray(values) for name, values in BATCH.items()}
   forward = jax.jit(stages.forward(model))
-  found = stages.Validation(
+  found = costs.Validation(
     lambda batch: forward(params, batch), lambda: [batch], lambda: params.get('reducer', {}), model.config
   )
   return found, params
@@ -69,14 +69,14 @@ CHANGED = {
 @pytest.mark.parametrize('name', CHANGED)
 def test_controls_do_what_other_fields_do(name):
   spec, changed = {**SPECS, 'chain': CHAIN}[name], CHANGED[name]
-  known, controls = stages.by_controls(changed, spec)
+  known, controls = specs.by_controls(changed, spec)
   assert known == spec and controls
   model, params = model_and_params(spec)
   batch = {key: jnp.asarray(values) for key, values in BATCH.items()}
   plain, other = (
     jax.jit(model_and_params(each)[0].apply)({'params': params}, batch) for each in (spec, changed)
   )
-  found = jax.jit(model.apply)({'params': params}, stages.with_controls(batch, controls))
+  found = jax.jit(model.apply)({'params': params}, costs.with_controls(batch, controls))
   np.testing.assert_allclose(found.logits, other.logits, atol=1e-5)
   np.testing.assert_allclose(found.macs, other.macs, rtol=1e-6)
   assert abs(float(plain.macs.sum() / other.macs.sum()) - 1) > 0.01  # the setting does something
@@ -93,7 +93,7 @@ def test_controls_do_what_other_fields_do(name):
   ],
 )
 def test_what_is_no_control_needs_its_own_program(changed, spec):
-  assert stages.by_controls(changed, spec) == (changed, {})
+  assert specs.by_controls(changed, spec) == (changed, {})
 
 
 @pytest.mark.parametrize('name', SPECS)
@@ -101,7 +101,7 @@ def test_a_cost_is_that_of_the_whole_forward_pass(name):
   validation, params = validation_of(SPECS[name])
   whole = validation.mac_ratio({})
   model, _ = model_and_params(SPECS[name])
-  cost = jax.jit(lambda batch: stages.cost_of(stages.forward(model)(params, batch)))
+  cost = jax.jit(lambda batch: costs.cost_of(stages.forward(model)(params, batch)))
   alone = validation._replace(cost=cost)
   assert alone.mac_ratio({}) == whole
   for column in ('keys', 'widest', 'rows'):
@@ -113,7 +113,7 @@ def test_what_a_plan_costs_is_found_without_the_encoder():
   model, params = model_and_params(SPECS['thresholds'])
   batch, forward = {name: jnp.asarray(values) for name, values in BATCH.items()}, stages.forward(model)
   whole = jax.jit(forward).lower(params, batch).compile().cost_analysis()['flops']
-  cost = jax.jit(lambda params, batch: stages.cost_of(forward(params, batch)))
+  cost = jax.jit(lambda params, batch: costs.cost_of(forward(params, batch)))
   assert cost.lower(params, batch).compile().cost_analysis()['flops'] < 0.5 * whole
 
 

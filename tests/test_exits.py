@@ -12,8 +12,8 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, exit_heads, families, models, stages, train
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax import conversion, costs, exit_heads, families, models, stages, train
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducers import early_exit
 
@@ -228,16 +228,16 @@ def test_thresholds_cost_what_a_pass_of_their_own_says(head, criterion, pruned):
   model, params = model_and_params(spec, readout='cls')
   batch = {**BATCH, 'weight': np.array([1, 1, 0, 1, 1], np.float32)}  # one of them only fills
   forward = jax.jit(stages.forward(model))
-  validation = stages.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
+  validation = costs.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
   cost = early_exit.cost_by_threshold(exits, validation)
   never = {'exit_threshold': np.full(5, early_exit.NEVER[criterion], np.float32)}
   logits = forward(params, {**batch, 'controls': never}).exits
   said = early_exit.uncertainty(logits) if criterion == 'entropy' else jax.nn.softmax(logits).max(-1)
   thresholds = (np.quantile(np.asarray(said), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)) + 1e-5).tolist()
-  costs = [cost(threshold) for threshold in thresholds]
+  reached = [cost(threshold) for threshold in thresholds]
   passes = [validation.mac_ratio({'exit_threshold': threshold}) for threshold in thresholds]
-  np.testing.assert_allclose(costs, passes, rtol=0.02 if head == 'mixed' else 1e-4)
-  assert len(set(np.round(costs, 4))) > 2
+  np.testing.assert_allclose(reached, passes, rtol=0.02 if head == 'mixed' else 1e-4)
+  assert len(set(np.round(reached, 4))) > 2
 
 
 def test_without_exits_no_budget_is_met():
@@ -245,7 +245,7 @@ def test_without_exits_no_budget_is_met():
   model, params = model_and_params(spec, readout='cls')
   forward = jax.jit(stages.forward(model))
   batch = {**BATCH, 'weight': np.ones(5, np.float32)}
-  validation = stages.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
+  validation = costs.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
   with pytest.raises(UserError, match='the budget is 0.5, but'):
     early_exit.at_budget(spec, 0.5, validation)
 
@@ -329,7 +329,7 @@ def test_temperatures_are_fitted_on_what_the_exits_said_without_them():
     for given in ((), (2.0, 0.5))
   ]  # fmt: skip
   np.testing.assert_allclose(found[0]['temperatures'], found[1]['temperatures'], rtol=1e-3)
-  assert early_exit.finish({}, stages.Validation(lambda batch: None, list)) == {}
+  assert early_exit.finish({}, costs.Validation(lambda batch: None, list)) == {}
 
 
 @pytest.mark.parametrize('criterion', early_exit.NEVER)
@@ -346,7 +346,7 @@ def test_what_is_found_for_pruning_in_a_chain_holds_whoever_leaves(criterion):
   model, params = model_and_params(spec, readout='cls')
   forward = jax.jit(stages.forward(model))
   batch = {**ragged_batch(range(3, 15), 14), 'weight': np.ones(12, np.float32)}
-  validation = stages.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
+  validation = costs.Validation(lambda b: forward(params, b), lambda: [batch], encoder=model.config)
   found = stages.finish(spec, validation)['ltp']
   setting = {**early_exit.idle(exits), 'scale': found['scale']}
   assert validation.mac_ratio(setting) == pytest.approx(0.6, abs=0.03)

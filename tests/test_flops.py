@@ -6,7 +6,7 @@ import pytest
 
 from tests.reference import TINY_CONFIG, apply, dot_macs, model_and_params, ragged_batch
 from tokenprune_jax import flops
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.encoder_config import EncoderConfig
 
 
 def test_published_reference_values():

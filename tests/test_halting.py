@@ -15,7 +15,7 @@ from tests.reference import (
   requests,
   settings,
 )
-from tokenprune_jax import flops, segments, serve, stages, tasks, word_exit
+from tokenprune_jax import costs, flops, segments, serve, stages, tasks, word_exit
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
 from tokenprune_jax.reducer import Inputs
@@ -150,7 +150,7 @@ def test_a_budget_finds_the_threshold_and_the_capacities_with_it():
   def batches():
     yield {**BATCH, 'weight': np.ones(len(LENGTHS), np.float32)}
 
-  validation = stages.Validation(lambda batch: apply(model, params, batch), batches, encoder=model.config)
+  validation = costs.Validation(lambda batch: apply(model, params, batch), batches, encoder=model.config)
   found = stages.at_budget(spec, 0.7, validation)
   again = apply(model_of(found), params, BATCH)
   assert abs(float(again.macs.sum() / again.dense_macs.sum()) - 0.7) < 0.15

@@ -11,8 +11,8 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch, requests
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, families, flops, models, segments, serve, stages, train
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax import conversion, costs, families, flops, models, segments, serve, stages, train
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs
 from tokenprune_jax.reducers import ltp
@@ -211,14 +211,14 @@ def test_below_what_it_was_trained_for_the_first_layer_that_prunes_gives_more(fi
   model, params = model_and_params(spec)
   batch = {**ragged_batch((30, 24, 20, 14), 30), 'weight': np.ones(4, np.float32)}
   forward = jax.jit(stages.forward(model))
-  validation = stages.Validation(lambda batch: forward(params, batch), lambda: [batch], dict, model.config)
+  validation = costs.Validation(lambda batch: forward(params, batch), lambda: [batch], dict, model.config)
   trained = validation.mac_ratio({})
   cheaper = stages.at_budget(spec, trained - 0.1, validation)
   assert cheaper['floor'] > 0 and cheaper['scale'] == 1.0
   dearer = stages.at_budget(cheaper, trained + 0.05, validation)
   assert dearer['floor'] == 0.0 and dearer['scale'] < 1.0
   before, after = (
-    np.asarray(forward(params, stages.with_controls(batch, {'floor': floor})).trace.keys.mean(0))
+    np.asarray(forward(params, costs.with_controls(batch, {'floor': floor})).trace.keys.mean(0))
     for floor in (0.0, cheaper['floor'])
   )
   first = 1 if first_layer else 2  # layers that attend to all tokens

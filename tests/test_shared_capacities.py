@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.reference import TINY_CONFIG, apply, model_and_params, model_of, ragged_batch, settings
-from tokenprune_jax import schedule, stages, word_exit
+from tokenprune_jax import costs, schedule, specs, word_exit
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
 from tokenprune_jax.reducers import early_exit
@@ -51,7 +51,7 @@ CONFIGS = {'exits': RELATIVE, 'pruned exits': RELATIVE}
 def sharing(spec, rows, examples=(4, 4, 4, 4), config=TINY_CONFIG):
   """The model under `compact` whose batches of 4 share so many slots, and examples, by layer."""
   fields = {'batch_capacities': ((4, 14, shares(rows), tuple(n / 4 for n in examples)),), 'capacity_batch': 4}
-  spec = stages.with_handed_on(spec, dict.fromkeys(('tokee', 'early_exit'), fields))
+  spec = specs.with_handed_on(spec, dict.fromkeys(('tokee', 'early_exit'), fields))
   return model_of(spec, config).clone(executor='compact').check()
 
 
@@ -155,13 +155,13 @@ def test_shared_capacities_hold_what_neighbours_by_length_need(monkeypatch):
     {**{name: values[i : i + 2] for name, values in BATCH.items()}, 'weight': np.array(weight, np.float32)}
     for i, weight in ((0, (1, 1)), (2, (1, 0)))
   ]
-  validation = stages.Validation(
+  validation = costs.Validation(
     lambda batch: apply(model, params, batch), lambda: iter(halves), encoder=model.config
   )
   queries = operator.attrgetter('queries')
   [whole] = validation.calibrated(spec, queries)['batch_capacities']
   assert whole[:2] == (2, 14)  # three examples are too few for spans of lengths
-  monkeypatch.setattr(stages, 'SPAN_BATCHES', 0.75)
+  monkeypatch.setattr(costs, 'SPAN_BATCHES', 0.75)
   short, long, *_ = validation.calibrated(spec, queries)['batch_capacities']
   trace = apply(model, params, BATCH).trace
   assert (short[:2], long[:2]) == ((2, 9), (2, 14))
@@ -174,9 +174,9 @@ def test_shared_capacities_hold_what_neighbours_by_length_need(monkeypatch):
 def test_larger_batches_need_a_smaller_share():
   rng = np.random.default_rng(0)
   rows = rng.integers(0, 2, (200, 1)) * 10.0  # half of them have left
-  cost = stages.Cost(*[rows] * 6)
+  cost = costs.Cost(*[rows] * 6)
   batch = {'ids': np.zeros((200, 10)), 'mask': np.ones((200, 10), bool), 'weight': np.ones(200)}
-  validation = stages.Validation(None, lambda: [batch], cost=lambda _: cost)
+  validation = costs.Validation(None, lambda: [batch], cost=lambda _: cost)
   entries = validation.batch_capacities(4, 0.1)
   assert [entry[0] for entry in entries] == [4, 8, 16]  # of 32 there are not eight
   for size, length, (slots,), (examples,) in entries:

@@ -13,7 +13,8 @@ from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
 from tokenprune_jax import conversion, families, models, segments, train
 from tokenprune_jax import tokens as stream
-from tokenprune_jax.encoder import Encoder, EncoderConfig
+from tokenprune_jax.encoder import Encoder
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs, Reducer
 from tokenprune_jax.reducers import sttabt

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 from benchmarks import accuracy, measure, report, tagging  # noqa: E402
 from tests.reference import TINY_CONFIG, model_and_params, ragged_batch, requests, settings  # noqa: E402
 from tests.test_accuracy_queue import fake_point, fake_result  # noqa: E402
-from tokenprune_jax import models, stages  # noqa: E402
+from tokenprune_jax import costs, models, stages  # noqa: E402
 from tokenprune_jax.errors import UserError  # noqa: E402
 
 GIVEN = requests(ragged_batch((14, 9, 11, 9), 14))  # of one bucket: most of the time is compiling
@@ -30,7 +30,7 @@ class Words:
     return len(GIVEN)
 
 
-class Found(stages.Validation):
+class Found(costs.Validation):
   """Tells what capacities were asked for."""
 
   def calibrated(self, fields, column, controls=None):

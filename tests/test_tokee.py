@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tokenprune_jax import conversion, families
-from tokenprune_jax.encoder import Encoder, EncoderConfig
+from tokenprune_jax.encoder import Encoder
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.reducer import Inputs
 from tokenprune_jax.reducers.tokee import Method
 

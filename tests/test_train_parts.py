@@ -22,6 +22,7 @@ from tokenprune_jax import (
   optim,
   pretrained,
   settings,
+  specs,
   stages,
   stopping,
   train,
@@ -140,16 +141,16 @@ CHAIN = {'name': 'chain', 'reducers': ({'name': 'fuzzy', 'ratio': 0.9}, {'name':
 
 
 def test_stage_fields_reach_one_reducer_or_a_member_of_a_chain():
-  assert stages.with_fields({'name': 'fuzzy', 'ratio': 0.9}, {'ratio': 0.5}) == {
+  assert specs.with_fields({'name': 'fuzzy', 'ratio': 0.9}, {'ratio': 0.5}) == {
     'name': 'fuzzy',
     'ratio': 0.5,
   }
-  changed = stages.with_fields(CHAIN, {'combine': {'slots': 4}})
+  changed = specs.with_fields(CHAIN, {'combine': {'slots': 4}})
   assert [member.get('slots') for member in changed['reducers']] == [None, 4]
   assert CHAIN['reducers'][1]['slots'] == 8
-  assert stages.with_fields(CHAIN, {'name': 'none'}) == {'name': 'none'}
+  assert specs.with_fields(CHAIN, {'name': 'none'}) == {'name': 'none'}
   with pytest.raises(UserError, match='chain of fuzzy, combine'):
-    stages.with_fields(CHAIN, {'ratio': 0.5})
+    specs.with_fields(CHAIN, {'ratio': 0.5})
 
 
 def test_fields_handed_on_come_before_the_stage_s_own():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tokenprune_jax import flops
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 
 CLOSE = 0.005  # to a budget: nothing is left to find

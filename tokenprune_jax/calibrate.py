@@ -28,10 +28,12 @@ import numpy as np
 
 from tokenprune_jax import (
   compile_cache,
+  costs,
   data,
   evaluate,
   models,
   pretrained,
+  specs,
   stages,
   tasks,
   timing,
@@ -109,7 +111,7 @@ class Calibration:
   def program(self, spec: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, float]]:
     """(spec, controls) that do the same by the executor `mask`: a spec that was asked for before, where one can."""
     for known in self.known:
-      found = stages.by_controls(spec, known)
+      found = specs.by_controls(spec, known)
       if found[0] is known:
         return found
     self.known.append(spec)
@@ -122,12 +124,12 @@ class Calibration:
       pad_id=self.exported.config.pad_id,
     )  # fmt: skip
 
-  def validation(self, spec: Mapping[str, Any], params: Any = None) -> stages.Validation:
+  def validation(self, spec: Mapping[str, Any], params: Any = None) -> costs.Validation:
     """The sample of the validation split under a method; params: in place of the run's own."""
     params = self.params if params is None else params
     forward, cost = compiled(self.model(spec))
     plan = self.batches()
-    return stages.Validation(
+    return costs.Validation(
       lambda batch: forward(params, batch),
       lambda: (jax.device_put(plan.batch(step)) for step in range(plan.steps_per_epoch)),
       lambda: params.get('reducer', {}),
@@ -157,7 +159,7 @@ class Calibration:
 
     Raises UserError where the method has none.
     """
-    self.wanted, self.executor = stages.sharing(self.exported.reducer_spec, size, overflow_rate), 'compact'
+    self.wanted, self.executor = specs.sharing(self.exported.reducer_spec, size, overflow_rate), 'compact'
 
   def at(self, budget: float) -> Setting:
     """The setting that costs `budget`. Raises UserError where none is that cheap."""

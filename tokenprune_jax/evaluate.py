@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tokenprune_jax import data, decoding, flops
+from tokenprune_jax.costs import with_controls
 from tokenprune_jax.models import Classifier
-from tokenprune_jax.stages import with_controls
 from tokenprune_jax.tasks import Task
 
 Batch = Mapping[str, Any]

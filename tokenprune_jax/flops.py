@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
-from tokenprune_jax.encoder import EncoderConfig, Trace
+from tokenprune_jax.encoder import Trace
+from tokenprune_jax.encoder_config import EncoderConfig
 
 COUNTS = ('queries', 'keys', 'key_rows', 'rows')  # of a block
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenprune_jax import optim, pretrained, stages, writer
-from tokenprune_jax.encoder import EncoderConfig
+from tokenprune_jax import optim, pretrained, specs, writer
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier
 
@@ -99,8 +99,8 @@ def check_inherited(
   """
   source = stage['init_reducer'] or stage['init']
   wanted = []
-  for path, member in stages.placed(spec):
-    inherits = getattr(stages.module(member['name']), 'inherits', None)
+  for path, member in specs.placed(spec):
+    inherits = getattr(specs.module(member['name']), 'inherits', None)
     if inherits and inherits(member):
       wanted.append(('/'.join(('reducer', *path, inherits(member))), member['name']))
   if stage['init_reducer'] and not wanted:

@@ -14,7 +14,8 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from tokenprune_jax import flops, reducers
-from tokenprune_jax.encoder import Encoder, EncoderConfig, Trace
+from tokenprune_jax.encoder import Encoder, Trace
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Inputs, Memory, Reducer, read_out

@@ -40,7 +40,7 @@ def places(share: float, length: int) -> int:
 
 
 def shared(method: Any, layer: int, batch: int, length: int) -> dict[str, int]:
-  """What a batch shares behind a layer, by a method's `batch_capacities` (`stages.Validation.batch_capacities`).
+  """What a batch shares behind a layer, by a method's `batch_capacities` (`costs.Validation.batch_capacities`).
 
   Fields of a `Capacity`; none where the method has none, or where fewer than its `capacity_batch` examples would share.
   batch: examples, also those that have left. length: what they are padded to. The entries of the largest number of examples

@@ -25,11 +25,13 @@ import optax
 
 from tokenprune_jax import (
   answers,
+  costs,
   initial,
   optim,
   result,
   settings,
   sharding,
+  specs,
   stages,
   tasks,
   workdir,
@@ -115,7 +117,7 @@ def run(config: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
     last = config['stages'][-1]['name']
     params = best_params(session, last, done[last])
     about = {'stages': {name: dataclasses.asdict(stage) for name, stage in done.items()}}
-    spec = stages.with_handed_on(done[last].reducer, done[last].fields)
+    spec = specs.with_handed_on(done[last].reducer, done[last].fields)
     found = result.test(session, spec, params, done[last].step, about)
     result.label_file(config, folder)
     return found
@@ -348,14 +350,14 @@ def best_params(session: Session, name: str, stage: Done) -> Any:
       ) from damage
 
 
-def validation(session: Session, model: Classifier, params: Callable[[], Any]) -> stages.Validation:
+def validation(session: Session, model: Classifier, params: Callable[[], Any]) -> costs.Validation:
   """The validation split, as a method's `finish` sees it; params() is asked for at its first forward pass."""
   place = sharding.batch_sharding(session.mesh)
   forward, cost = stages.programs(
     model.clone(executor='mask')
   )  # what a capacity is too small for is counted too
   plan = batches(session, 'valid', session.config['eval']['batch_size'])
-  return stages.Validation(
+  return costs.Validation(
     lambda batch: forward(params(), batch),
     lambda: (sharding.global_batch(batch, place) for batch in plan.iterator(0)),
     lambda: sharding.to_host(params().get('reducer', {}), session.mesh),

@@ -233,7 +233,7 @@ class Method(Reducer):
   fit_temperatures: bool = False
   own_segment: bool = False  # while training an exit's gradient ends at the exit before it
   capacity_batch: int = 0  # examples, or more, that share capacities; 0: none has any
-  batch_capacities: tuple[Any, ...] = ()  # these: as `stages.Validation.batch_capacities`
+  batch_capacities: tuple[Any, ...] = ()  # these: as `costs.Validation.batch_capacities`
   overflow_rate: float = (
     0.0  # share of batches that they may be too small for on validation; 0: none is found
   )

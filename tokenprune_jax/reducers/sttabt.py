@@ -32,7 +32,8 @@ from jaxtyping import Array, Float
 
 from tokenprune_jax import backtracking, budget, flops, schedule
 from tokenprune_jax.attention import Evidence, soft_weights
-from tokenprune_jax.encoder import Encoder, EncoderConfig
+from tokenprune_jax.encoder import Encoder
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer

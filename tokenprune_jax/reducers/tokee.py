@@ -179,7 +179,7 @@ class Method(Reducer):
   dropout: float = 0.3  # before an exit's classifier
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that words left are gathered into
   capacity_batch: int = 0  # sentences, or more, that share capacities; 0: each has its own
-  batch_capacities: tuple[Any, ...] = ()  # these: as `stages.Validation.batch_capacities`
+  batch_capacities: tuple[Any, ...] = ()  # these: as `costs.Validation.batch_capacities`
   overflow_rate: float = (
     0.0  # share of sentences (or batches) that these may be too small for on validation; 0: none is found
   )
