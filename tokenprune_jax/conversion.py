@@ -74,9 +74,8 @@ def _match(config, kind, name, file):
 
 def _fit(tensor, rule, config, where):
   """The tensor in our layout and float32."""
-  labels = (
-    tensor.shape[0] if tensor.ndim else 0
-  )  # a head has as many as it says, along the first axis of theirs
+  # A head has as many as it says, along the first axis of theirs.
+  labels = tensor.shape[0] if tensor.ndim else 0
   shape = tuple(labels if axis == 'labels' else getattr(config, axis) for axis in rule.shape)
   shape = shape[::-1] if rule.transpose else shape
   if tensor.shape != shape:

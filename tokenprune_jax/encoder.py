@@ -72,9 +72,8 @@ class RelativeBias(nn.Module):
     if not c.relative_buckets:
       return None
     table = self.param('embedding', nn.initializers.normal(0.02), (c.relative_buckets, c.heads))
-    position = (
-      tokens.position if tokens.moved else tokens.position[:1]
-    )  # unmoved positions are the same in every row
+    # Unmoved positions are the same in every row.
+    position = tokens.position if tokens.moved else tokens.position[:1]
     return attention.relative_bias(table, position, position, tokens.length)
 
 

@@ -34,9 +34,8 @@ class Recorder:
     self.progress = Progress(stage, steps)
     self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
     self.shapes: set[tuple[int, ...]] = set()
-    self.since: float | None = (
-      None  # when the step before was read; None where the time between means nothing
-    )
+    # When the step before was read; None where the time between means nothing.
+    self.since: float | None = None
 
   def push(self, step: int, metrics: Mapping[str, jax.Array], shape: tuple[int, ...]) -> None:
     """Takes the metrics of `step` (of the stage), just dispatched, and reads those of the one before."""

@@ -12,9 +12,8 @@ from tokenprune_jax import evaluate, predict, pretrained, sharding, timing, work
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.session import Session, batches, make_model
 
-TIMED_BATCHES = (
-  4  # of the test split, spread over its lengths: enough for a median, seconds instead of minutes
-)
+# Of the test split, spread over its lengths: enough for a median, seconds instead of minutes.
+TIMED_BATCHES = 4
 SCORES = (
   'accuracy', 'precision', 'recall', 'f1', 'macro_f1', 'micro_f1', 'macro_f1_batch16', 'confusion', 'loss',
 )  # fmt: skip

@@ -48,9 +48,8 @@ def windows(pieces: Sequence[int], room: int, overlap: float) -> list[Window]:
     start = int(np.searchsorted(before, max(before[stop] - int(overlap * room), before[stop + 1] - room)))
   found, first = [], 0
   for (start, stop), (later, _) in zip(read, [*read[1:], (count, count)]):
-    behind = (
-      before[stop] - before[np.arange(later, stop) + 1]
-    )  # pieces to the right of a shared word in this window
+    # Pieces to the right of a shared word in this window.
+    behind = before[stop] - before[np.arange(later, stop) + 1]
     ahead = before[np.arange(later, stop)] - before[later]  # and to its left in the next one
     last = max(later + int(np.sum(behind >= ahead)), first)
     if last > first:

@@ -85,19 +85,15 @@ class Method(Reducer):
   """Carries `slots` combination tokens, and combines all others into them in place of block `layer`."""
 
   slots: int = 8  # m
-  layer: int = (
-    11  # the block that combining replaces, counted from 1; the paper's best of 12 is 11, its fastest 7
-  )
-  spread: float = (
-    1.0  # standard deviation of the combination tokens' first states; 1: as wide as the states they join
-  )
-  scale: bool = (
-    True  # logits / sqrt(d), as in the module's ancestor (GroupViT); the paper's equation has no scale
-  )
+  # The block that combining replaces, counted from 1; the paper's best of 12 is 11, its fastest 7.
+  layer: int = 11
+  # Standard deviation of the combination tokens' first states; 1: as wide as the states they join.
+  spread: float = 1.0
+  # Logits / sqrt(d), as in the module's ancestor (GroupViT); the paper's equation has no scale.
+  scale: bool = True
   noise: float = 1.0  # factor of the Gumbel noise in training; the paper's is 1
-  identity: bool = (
-    True  # start W_q, W_k, W_v, W_o at the identity, so that slots start as means of pretrained states
-  )
+  # Start W_q, W_k, W_v, W_o at the identity, so that slots start as means of pretrained states.
+  identity: bool = True
 
   def check(self, depth: int, heads: int) -> None:
     if self.slots < 0:

@@ -226,17 +226,15 @@ class Method(Reducer):
   layers: tuple[int, ...] = tuple(range(1, 12))  # with an exit, counted from 1; (): none
   head: str = 'linear'  # or 'pooled', 'attention', 'mixed'
   criterion: str = 'entropy'  # or 'max_probability', 'patience'
-  threshold: float = (
-    0.1  # entropy: 0 nobody leaves, 1 all at the first exit; max_probability: the reverse; patience: exits
-  )
+  # Entropy: 0 nobody leaves, 1 all at the first exit; max_probability: the reverse; patience: exits.
+  threshold: float = 0.1
   temperatures: tuple[float, ...] = ()  # of the exits' logits; (): 1
   fit_temperatures: bool = False
   own_segment: bool = False  # while training an exit's gradient ends at the exit before it
   capacity_batch: int = 0  # examples, or more, that share capacities; 0: none has any
   batch_capacities: tuple[Any, ...] = ()  # these: as `costs.Validation.batch_capacities`
-  overflow_rate: float = (
-    0.0  # share of batches that they may be too small for on validation; 0: none is found
-  )
+  # Share of batches that they may be too small for on validation; 0: none is found.
+  overflow_rate: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
     if not all(1 <= l < depth for l in self.layers):

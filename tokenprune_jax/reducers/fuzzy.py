@@ -96,9 +96,8 @@ class Method(Reducer):
   capacities: tuple[
     float, ...
   ] = ()  # per layer: share of the input's slots, where the rule does not fix the count
-  overflow_rate: float = (
-    0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
-  )
+  # Share of examples that a capacity found on validation may be too small for; 0: none is.
+  overflow_rate: float = 0.0
   seed: int = 0  # of the rule `random`
 
   def check(self, depth: int, heads: int) -> None:

@@ -43,9 +43,8 @@ NEUTRAL: dict = {'threshold': 0.0, 'scale': 0.0}
 CONTROLS = {'threshold': 'threshold', 'scale': 'scale', 'floor': 'floor'}
 NORMS = ('received', 'per_live_token', 'per_padded_token')
 SOFT_FORMS = ('stream', 'output')
-HALF = (
-  0.5 / threshold.REFERENCE
-)  # of the attention that a token receives on average: where a floor is looked for first
+# Of the attention that a token receives on average: where a floor is looked for first.
+HALF = 0.5 / threshold.REFERENCE
 LOWEST = 1e-5  # of a hard threshold: a token that receives nothing leaves wherever a layer prunes
 
 
@@ -110,9 +109,8 @@ class Method(Reducer):
   mode: str = 'hard'  # or 'soft', in which thresholds are learned
   temperature: float = 1e-3  # of the soft mask, in the unit of the scores
   weight: float = 0.1  # of the loss on masks, or on the budget
-  target_macs: float = (
-    0.0  # the budget, as a share of dense's multiply-adds; 0: none, masks are pushed down by `weight` alone
-  )
+  # The budget, as a share of dense's multiply-adds; 0: none, masks are pushed down by `weight` alone.
+  target_macs: float = 0.0
   scale: float = 1.0  # factor of all thresholds: how a trained model meets its budget
   floor: float = 0.0  # lowest threshold of the first layer that prunes, in the unit of `threshold`; 0: none
   score_norm: str = 'received'  # or 'per_live_token', 'per_padded_token'
@@ -120,9 +118,8 @@ class Method(Reducer):
   protect: bool = True  # [CLS], which the official code does not
   first_layer: bool = False  # whether the first layer prunes too
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that survivors are gathered into
-  overflow_rate: float = (
-    0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
-  )
+  # Share of examples that a capacity found on validation may be too small for; 0: none is.
+  overflow_rate: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
     for key, low in (('threshold', 0), ('scale', 0), ('floor', 0), ('weight', 0)):

@@ -100,9 +100,8 @@ class Method(Reducer):
   mode: str = 'hard'  # or 'search'
   penalty: float = 1e-4  # on the retention of the search
   slots: int = 512  # ranks that the search learns a retention for: the longest text in tokens
-  target_macs: float = (
-    0.0  # share of dense's multiply-adds that the counts of a search are scaled to; 0: as found
-  )
+  # Share of dense's multiply-adds that the counts of a search are scaled to; 0: as found.
+  target_macs: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
     if self.mode not in ('hard', 'search'):

@@ -183,18 +183,16 @@ class Method(Reducer):
   keep: float = 0.35  # topk: share of an example's tokens that each layer is asked for; above 1 a number
   theta: float = -1.0  # concrete: threshold that all layers start from; sigmoid(theta) is about what is kept
   shift: float = 0.0  # concrete: added to all thresholds as they were learned; what meets a budget
-  target_macs: float = (
-    0.0  # share of dense's multiply-adds that a stage ends by finding keep or shift for; 0: none
-  )
+  # Share of dense's multiply-adds that a stage ends by finding keep or shift for; 0: none.
+  target_macs: float = 0.0
   mix: float = 0.1  # how much of an output's own score goes into what it asks of the layer below
   theta_weight: float = 1e-3
   mask_weight: float = 1e-3
   soft_form: str = 'stream'  # or 'inside'
   padding: bool = False  # distil: states of padding are compared too
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that its tokens are gathered into
-  overflow_rate: float = (
-    0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
-  )
+  # Share of examples that a capacity found on validation may be too small for; 0: none is.
+  overflow_rate: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
     if self.mode not in MODES:

@@ -55,9 +55,8 @@ class Method(Reducer):
 
   threshold: float = 0.01  # of the last layer, in attention received per 128 tokens; 0: keep all
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that survivors are gathered into
-  overflow_rate: float = (
-    0.0  # share of examples that a capacity found on validation may be too small for; 0: none is
-  )
+  # Share of examples that a capacity found on validation may be too small for; 0: none is.
+  overflow_rate: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
     if not self.threshold >= 0:

@@ -180,9 +180,8 @@ class Method(Reducer):
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that words left are gathered into
   capacity_batch: int = 0  # sentences, or more, that share capacities; 0: each has its own
   batch_capacities: tuple[Any, ...] = ()  # these: as `costs.Validation.batch_capacities`
-  overflow_rate: float = (
-    0.0  # share of sentences (or batches) that these may be too small for on validation; 0: none is found
-  )
+  # Share of sentences (or batches) that these may be too small for on validation; 0: none is found.
+  overflow_rate: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
     if not self.layers or not all(1 <= l < depth for l in self.layers):

@@ -66,9 +66,8 @@ class Method(Reducer):
   ] = ()  # by layer, share of the example's tokens that stay: takes the place of `ratio`
   score: str = 'received'  # or 'cls', 'cumulative', 'random'
   seed: int = 0  # of the score `random`
-  leavers: str = (
-    'gone'  # or 'frozen': still attended to, no longer updated; 'unseen': updated, not attended to
-  )
+  # Or 'frozen': still attended to, no longer updated; 'unseen': updated, not attended to.
+  leavers: str = 'gone'
 
   def check(self, depth: int, heads: int) -> None:
     if not 0 < self.ratio <= 1:
