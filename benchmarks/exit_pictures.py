@@ -22,7 +22,7 @@ import dataclasses
 
 import numpy as np
 
-from benchmarks import report, tagging, text_pruning
+from benchmarks import pictures, tagging, text_pruning
 from benchmarks.text_runs import METHODS, PLANS
 from benchmarks.trained import Trained
 from tokenprune_jax import layer_picture, specs
@@ -61,16 +61,16 @@ def histogram(
   path: pathlib.Path, depths: Mapping[str, np.ndarray], depth: int, what: str = 'Test words'
 ) -> None:
   """Bars: share of words (or texts) by the layer that they exit at, a colour a model."""
-  drawing, axes = report.figure(height=4.4)
+  drawing, axes = pictures.figure(height=4.4)
   width = 0.8 / len(depths)
   for place, (name, layers) in enumerate(depths.items()):
     share = 100 * np.bincount(layers, minlength=depth + 1)[1:] / len(layers)
     at = np.arange(1, depth + 1) + (place - (len(depths) - 1) / 2) * width
     label = f'{name}, mean {layers.mean():.1f}'
-    axes.bar(at, share, width, color=report.PALETTE[place % len(report.PALETTE)], label=label)
+    axes.bar(at, share, width, color=pictures.PALETTE[place % len(pictures.PALETTE)], label=label)
   axes.set_xticks(range(1, depth + 1))
-  report.legend(axes)
-  report.titled(axes, f'Where {what.split()[-1]} exit', 'Layer', f'{what} in %')
+  pictures.legend(axes)
+  pictures.titled(axes, f'Where {what.split()[-1]} exit', 'Layer', f'{what} in %')
   drawing.savefig(path)
 
 

@@ -28,7 +28,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, report, serving, speed, turns
+from benchmarks import accuracy, pictures, report, serving, speed, turns
 from benchmarks.selection_rules import TITLES
 from benchmarks.studies import DATASETS, Row
 from benchmarks.trained import Trained
@@ -253,7 +253,7 @@ def throughput(row: dict[str, Any], dense: dict[str, Any]) -> tuple[str, str, st
 
 def plot(path: pathlib.Path, dataset: str, rows: Sequence[dict[str, Any]]) -> None:
   """Test accuracy against throughput: a line a method; bars are 95% intervals of the difference to dense."""
-  drawing, axes = report.figure()
+  drawing, axes = pictures.figure()
   dense = rows[0]
   place = dense['documents'] / dense['seconds'], 100 * dense['test']
   axes.plot(*place, 'o', color=COLOURS['dense'], markersize=9, label='dense')
@@ -266,10 +266,10 @@ def plot(path: pathlib.Path, dataset: str, rows: Sequence[dict[str, Any]]) -> No
     axes.errorbar(x, y, yerr=bars, fmt='o-', color=COLOURS[method], elinewidth=1.2, capsize=3, label=method)
   if dense['torch_seconds']:
     axes.axvline(dense['documents'] / dense['torch_seconds'], color='#b8860b', label='torch SDPA, dense')
-  report.level(axes, 100 * dense['test'])
+  pictures.level(axes, 100 * dense['test'])
   axes.set_xlim(left=0)
-  report.legend(axes)
-  report.titled(
+  pictures.legend(axes)
+  pictures.titled(
     axes, f'{TITLES[dataset]}: accuracy and throughput', 'Documents a second', 'Test accuracy in %'
   )
   drawing.savefig(path)

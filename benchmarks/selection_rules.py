@@ -17,7 +17,7 @@ sys.path.insert(
   0, str(pathlib.Path(__file__).resolve().parents[1])
 )  # so that this file can be run by its path
 
-from benchmarks import accuracy, report
+from benchmarks import accuracy, pictures, report
 from benchmarks.studies import DATASETS, Row
 from tokenprune_jax import workdir
 
@@ -124,7 +124,7 @@ def page(document: dict[str, Any]) -> str:
 def plot(path: pathlib.Path, document: dict[str, Any], dataset: str) -> None:
   """Accuracy against measured keep ratio: a line a rule."""
   ran = [row for row in document['rows'] if row['dataset'] == dataset and row['metrics']]
-  drawing, axes = report.figure()
+  drawing, axes = pictures.figure()
   for rule, title in RULES.items():
     line = sorted((row['keep_ratio'], row['metrics']['accuracy']) for row in ran if row['variant'] == rule)
     if line:
@@ -134,10 +134,10 @@ def plot(path: pathlib.Path, document: dict[str, Any], dataset: str) -> None:
       )
   for row in ran:
     if row['variant'] == 'dense':
-      report.level(axes, 100 * row['metrics']['accuracy'])
-  report.legend(axes)
+      pictures.level(axes, 100 * row['metrics']['accuracy'])
+  pictures.legend(axes)
   title = f'{TITLES[dataset]}: accuracy without training, by rule'
-  report.titled(axes, title, 'Keys kept, mean over layers, %', 'Test accuracy in %')
+  pictures.titled(axes, title, 'Keys kept, mean over layers, %', 'Test accuracy in %')
   drawing.savefig(path)
 
 

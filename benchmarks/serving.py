@@ -32,7 +32,7 @@ sys.path.insert(
 import jax
 import numpy as np
 
-from benchmarks import report, speed, turns
+from benchmarks import pictures, report, speed, turns
 from tokenprune_jax import data, pretrained, serve, timing, workdir
 from tokenprune_jax.models import Classifier
 
@@ -283,7 +283,7 @@ def main() -> None:
     workdir.write_json(path, {**header, 'rows': rows})
   workdir.write_text(path.with_suffix('.md'), f'{page(rows)}\n{report.origin({**header, "rows": rows})}')
   title = f'Real documents through serve, {WEIGHTS[options.model]}'
-  report.plot_savings(path.with_suffix('.png'), title, rows, lambda row: row['dataset'])
+  pictures.savings(path.with_suffix('.png'), title, rows, lambda row: row['dataset'])
 
 
 if __name__ == '__main__':

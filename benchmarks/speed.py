@@ -28,7 +28,7 @@ sys.path.insert(
 import jax
 import numpy as np
 
-from benchmarks import report, turns
+from benchmarks import pictures, report, turns
 from tokenprune_jax import costs, stages, timing, workdir
 from tokenprune_jax import schedule as fixed
 from tokenprune_jax.encoder_config import EncoderConfig
@@ -327,9 +327,9 @@ def main() -> None:
   )
   title, plot = f'Speed on full rows, {options.model}', path.with_suffix('.png')
   if len(options.length) > 2 and len(options.batch) == len(options.dtype) == 1:
-    report.plot_lengths(plot, f'{title}, batch of {options.batch[0]}', rows)
+    pictures.lengths(plot, f'{title}, batch of {options.batch[0]}', rows)
   else:
-    report.plot_savings(plot, title, rows, lambda row: f'{row["batch"]} x {row["length"]} {row["dtype"]}')
+    pictures.savings(plot, title, rows, lambda row: f'{row["batch"]} x {row["length"]} {row["dtype"]}')
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ sys.path.insert(
 
 import numpy as np
 
-from benchmarks import accuracy, report, serving, shared, text_pruning, text_times, turns
+from benchmarks import accuracy, pictures, report, serving, shared, text_pruning, text_times, turns
 from benchmarks.studies import Row
 from benchmarks.trained import Trained
 from tokenprune_jax import ladder, serve, timing, workdir
@@ -217,7 +217,7 @@ def cost(points: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
   """F1 against a cost: a line a curve; bars are the deviation over seeds."""
-  drawing, axes = report.figure()
+  drawing, axes = pictures.figure()
   for place, (key, curve) in enumerate(CURVES.items()):
     found = [seeds_of(points, key, budget) for budget in (None, *BUDGETS)]
     spots = sorted((x, found) for found in found if found and (x := cost(found, name)) is not None)
@@ -226,14 +226,14 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], name: str, lab
       axes.errorbar(
         [x for x, _ in spots], [100 * score['mean'] for score in scores],
         yerr=[100 * (score['std'] or 0) for score in scores], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
-        linewidth=1.4, label=curve.title, **report.look(place),
+        linewidth=1.4, label=curve.title, **pictures.look(place),
       )  # fmt: skip
     if name == 'time_ratio':
-      shared.line(axes, found, curve.title, report.look(place))
+      shared.line(axes, found, curve.title, pictures.look(place))
   if dense := seeds_of(points, 'dense', None):
-    report.level(axes, 100 * float(np.mean([point['metrics']['f1'] for point in dense])))
-  report.legend(axes)
-  report.titled(axes, 'CoNLL-2003: named entities and cost', label, 'Test F1 of spans in %')
+    pictures.level(axes, 100 * float(np.mean([point['metrics']['f1'] for point in dense])))
+  pictures.legend(axes)
+  pictures.titled(axes, 'CoNLL-2003: named entities and cost', label, 'Test F1 of spans in %')
   drawing.savefig(path)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import report, shared
+from benchmarks import pictures, report, shared
 from benchmarks.text_runs import (
   CORPORA,
   KEEP,
@@ -238,7 +238,7 @@ def plot(
   label: str,
 ) -> None:
   """Accuracy against a cost: a line a method; bars are the 95% interval of the difference to dense."""
-  drawing, axes = report.figure()
+  drawing, axes = pictures.figure()
   dense = dense_points(document, dataset)
   level = 100 * np.mean([row['metrics']['accuracy'] for row in dense])
   studied = {row['name'] for row in document['rows']}  # whether measured or not: a method keeps its colour
@@ -253,16 +253,16 @@ def plot(
     if cost is speed_of:
       # Lines stand at what they differ from their dense runs.
       shifts = {row['seed']: level - 100 * row['metrics']['accuracy'] for row in dense}
-      shared.line(axes, found, METHODS[name].title, report.look(place), shifts)
+      shared.line(axes, found, METHODS[name].title, pictures.look(place), shifts)
     if spots:
       x, mean, low, high = (np.array(column) for column in zip(*spots))
       axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
-                    linewidth=1.4, label=METHODS[name].title, **report.look(place))  # fmt: skip
-  report.level(axes, level)
+                    linewidth=1.4, label=METHODS[name].title, **pictures.look(place))  # fmt: skip
+  pictures.level(axes, level)
   # What has broken down would take the scale from all others; the table has it.
   axes.set_ylim(bottom=max(axes.get_ylim()[0], level - SHOWN))
-  report.legend(axes)
-  report.titled(axes, title, label, 'Test accuracy in %')
+  pictures.legend(axes)
+  pictures.titled(axes, title, label, 'Test accuracy in %')
   drawing.savefig(path)
 
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
-from benchmarks import accuracy, report, selection_rules  # noqa: E402
+from benchmarks import accuracy, pictures, report, selection_rules  # noqa: E402
 from benchmarks.studies import DATASETS, METHODS, STUDIES  # noqa: E402
 
 STUDY = 'bbc_fuzzy'
@@ -87,8 +87,8 @@ def document(tmp_path):
 
 
 def test_rows_are_kept_at_once_and_the_same_command_goes_on(queue, tmp_path, monkeypatch):
-  monkeypatch.setattr(report, 'plot_accuracy', lambda *_: None)  # slow, and drawn in a test of its own
-  monkeypatch.setattr(report, 'plot_keep', lambda *_: None)
+  monkeypatch.setattr(pictures, 'accuracy', lambda *_: None)  # slow, and drawn in a test of its own
+  monkeypatch.setattr(pictures, 'keep', lambda *_: None)
   assert queue('--rows=2') == ['bbc/dense-seed0', 'bbc/pfc_late-seed0']
   found = document(tmp_path)
   assert set(found) >= {'command', 'commit', 'machine', 'versions', 'rows'}

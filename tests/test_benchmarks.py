@@ -11,7 +11,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from benchmarks import dense_forward, headline, measure, packing, report, serving, speed, turns
+from benchmarks import dense_forward, headline, measure, packing, pictures, report, serving, speed, turns
 from tokenprune_jax import ladder
 from tokenprune_jax.models import make_reducer
 
@@ -76,7 +76,7 @@ def test_speeds_are_drawn_by_length(tmp_path):
   rows = [
     point(name, 1, n, ratio) for name in ('dense_whole', 'a', 'b') for n, ratio in ((64, 1.2), (16, 0.9))
   ]
-  report.plot_lengths(tmp_path / 'plot.png', 'A title', rows)
+  pictures.lengths(tmp_path / 'plot.png', 'A title', rows)
   assert 10_000 < (tmp_path / 'plot.png').stat().st_size < 300_000
 
 
@@ -236,10 +236,10 @@ def test_arrivals_in_the_table():
 
 def test_the_plot_of_savings(tmp_path):
   rows = [point('a', 1, 16, 1.2), point('b', 8, 16, 1.9), point('dense_whole', 1, 16, 1.0)]
-  assert report.cost_of('a', rows) == 'a (0.50)'
-  assert report.cost_of('a', [*rows, point('a', 8, 16, 1.2, 0.6)]) == 'a (0.50 to 0.60)'
-  report.plot_savings(tmp_path / 'a.png', 'Title', rows, lambda row: f'{row["batch"]}')
-  report.plot_savings(tmp_path / 'none.png', 'Title', [], str)
+  assert pictures.cost_of('a', rows) == 'a (0.50)'
+  assert pictures.cost_of('a', [*rows, point('a', 8, 16, 1.2, 0.6)]) == 'a (0.50 to 0.60)'
+  pictures.savings(tmp_path / 'a.png', 'Title', rows, lambda row: f'{row["batch"]}')
+  pictures.savings(tmp_path / 'none.png', 'Title', [], str)
   assert (tmp_path / 'a.png').stat().st_size > 5000 < (tmp_path / 'none.png').stat().st_size
 
 
