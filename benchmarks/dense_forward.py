@@ -11,9 +11,8 @@ import pathlib
 import sys
 import tempfile
 
-sys.path.insert(
-  0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that this file can be run by its path
+# So that this file can be run by its path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
@@ -93,9 +92,10 @@ def main() -> None:
   parser.add_argument('--out', default='results/dense_forward.json')
   options = parser.parse_args()
   models = ','.join(options.model)
+  # Made before the work, so that it tells of the code that is running.
   header = report.header(
     f'python benchmarks/dense_forward.py --model={models} --dtype={options.dtype} --repeats={options.repeats}'
-  )  # of what is running now
+  )
   found = [
     row for model in options.model for row in rows(model, options.dtype, options.repeats, options.allow_load)
   ]

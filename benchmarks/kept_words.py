@@ -10,9 +10,8 @@ import argparse
 import pathlib
 import sys
 
-sys.path.insert(
-  0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that this file can be run by its path
+# So that this file can be run by its path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import accuracy
 from benchmarks.studies import Row

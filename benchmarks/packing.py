@@ -16,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-sys.path.insert(
-  0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that this file can be run by its path
+# So that this file can be run by its path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +93,8 @@ class Run:
   def __init__(self, config: EncoderConfig, layout: Layout):
     block = Block(config)
 
-    def forward(
-      params, batch, separate
-    ):  # separate: rows hold several examples, which must not see each other
+    # separate: rows hold several examples, which must not see each other.
+    def forward(params, batch, separate):
       segments = batch['segments']
       stream = tokens.start(batch['x'], segments > 0, False)
       same = (segments[:, :, None] == segments[:, None, :])[:, None]

@@ -35,11 +35,8 @@ def commit() -> str | None:
   found = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True)
   if found.returncode:
     return None
-  source = [
-    'tokenprune_jax',
-    'configs',
-    'main.py',
-  ]  # what a number depends on; results/ changes while a study runs
+  # What a number depends on; results/ changes while a study runs.
+  source = ['tokenprune_jax', 'configs', 'main.py']
   changed = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', *source], capture_output=True)
   return found.stdout.strip() + ('+' if changed.returncode else '')
 
@@ -55,12 +52,13 @@ def made_by() -> dict[str, str | None]:
   return {'commit': commit(), 'command': command()}
 
 
+# Widest first.
 UNITS = {
   'amx_tile': 'AMX',
   'avx512_bf16': 'AVX-512, bfloat16',
   'avx512f': 'AVX-512',
   'avx2': 'AVX2',
-}  # widest first
+}
 
 
 def machine() -> dict[str, Any]:

@@ -13,9 +13,8 @@ import pathlib
 import sys
 from typing import Any
 
-sys.path.insert(
-  0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that this file can be run by its path
+# So that this file can be run by its path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import accuracy, pictures, report
 from benchmarks.studies import DATASETS, Row

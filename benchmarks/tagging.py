@@ -20,9 +20,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-sys.path.insert(
-  0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that this file can be run by its path
+# So that this file can be run by its path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -33,13 +32,8 @@ from tokenprune_jax import ladder, serve, timing, workdir
 
 DATASET = 'conll2003'
 SEEDS = (0, 1, 2)
-BUDGETS = (
-  0.5,
-  0.33,
-  0.25,
-  0.67,
-  0.4,
-)  # shares of dense's multiply-adds, in the order in which they are worth having
+# Shares of dense's multiply-adds, in the order in which they are worth having.
+BUDGETS = (0.5, 0.33, 0.25, 0.67, 0.4)
 FOUND_ON = 512  # validation sentences that a budget is met on
 SHARING = 8  # sentences, or more, that share capacities
 STEP = 8  # of the lengths of batches

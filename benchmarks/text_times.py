@@ -18,9 +18,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-sys.path.insert(
-  0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that this file can be run by its path
+# So that this file can be run by its path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 

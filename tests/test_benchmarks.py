@@ -129,12 +129,13 @@ def test_speeds_go_on_with_the_rows_that_a_stopped_command_lacks(monkeypatch, tm
 def test_the_headline_is_chosen_on_validation_and_never_on_test():
   rows = [
     {'method': 'dense', 'valid': 0.9, 'test': 0.9, 'seconds': 10.0},
+    # Just good enough, and the fastest of those.
     {
       'method': 'topk',
       'valid': 0.895,
       'test': 0.1,
       'seconds': 5.0,
-    },  # just good enough, and the fastest of those
+    },
     {'method': 'topk', 'valid': 0.894, 'test': 0.99, 'seconds': 1.0},
     # slower, on a machine that had become faster
     {'method': 'topk', 'valid': 0.9, 'test': 0.9, 'seconds': 4.0, 'dense_seconds': 7.0},

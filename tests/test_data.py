@@ -301,9 +301,8 @@ def test_the_documented_splits_of_the_real_samples(tmp_path, load, name):
   opened = source.open_source({**DEFAULTS['data'], 'name': name}, tmp_path / 'cache')
   parts, dropped = dataset_module.divide(opened, opened.labels)
   assert tuple(len(parts[part][1].keys) for part in NAMES) == sizes and dropped == duplicates
-  assert '{:,} / {:,} / {:,}'.format(*sizes) in ' '.join(
-    source.OWN[name].__doc__.split()
-  )  # what its docstring says
+  # What its docstring says.
+  assert '{:,} / {:,} / {:,}'.format(*sizes) in ' '.join(source.OWN[name].__doc__.split())
   keys = [key for _, part in parts.values() for key in part.keys]
   assert len(keys) == len(set(keys))
   shares = [np.bincount(part.labels) / len(part.labels) for _, part in parts.values()]

@@ -59,9 +59,8 @@ def test_named_columns_pairs_and_given_files(tmp_path, load):
   for split, count in (('train', 8), ('valid', 4), ('test', 6)):
     rows = [(i, f'{split} ba {i}', i % 2, f'be {i}') for i in range(count)]
     paths[split] = write_csv(tmp_path / f'{split}.csv', rows, header)
-  dataset = load(
-    **paths, text='premise', text_pair='hypothesis', label='gold', labels=('1', '0')
-  )  # given order counts
+  # Given order counts.
+  dataset = load(**paths, text='premise', text_pair='hypothesis', label='gold', labels=('1', '0'))
   assert dataset.labels == ('1', '0')
   test = dataset.splits['test']
   assert len(dataset.splits['train']) == 8

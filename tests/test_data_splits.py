@@ -62,9 +62,8 @@ def test_a_stratified_choice_depends_on_the_documents_and_the_salt_alone(labels,
   mixed = list(range(len(labels)))
   order.shuffle(mixed)
   again = splits.stratified([keys[i] for i in mixed], labels[mixed], total, salt='a')
-  if len(set(np.bincount(labels[chosen]))) == len(
-    np.unique(labels)
-  ):  # no tie between classes in what is left over
+  # No tie between classes in what is left over.
+  if len(set(np.bincount(labels[chosen]))) == len(np.unique(labels)):
     assert {mixed[i] for i in again} == set(chosen.tolist())
 
 

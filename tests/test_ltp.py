@@ -78,9 +78,8 @@ def test_the_hard_model_keeps_and_counts_what_the_official_one_does(official):
     np.testing.assert_array_equal(np.asarray(output.trace.kept)[:, layer + 1], theirs[layer])
   np.testing.assert_array_equal(output.trace.queries.T, g['hard_eval.n_attn'])
   np.testing.assert_array_equal(output.trace.rows.T, g['hard_eval.n_ffn'])
-  wide = dataclasses.replace(
-    shape, hidden=4 * shape.width
-  )  # their counter takes it for granted, and says multiply-adds
+  # Their counter takes it for granted, and says multiply-adds.
+  wide = dataclasses.replace(shape, hidden=4 * shape.width)
   macs = flops.by_convention('ltp', wide, 3, 'family', output.trace, 12) / 2
   np.testing.assert_allclose(macs, g['hard_eval.macs'])
 

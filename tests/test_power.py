@@ -62,9 +62,8 @@ def test_the_penalty_presses_deeper_layers_harder():
   gradient = jax.grad(lambda r: model.apply(
     {'params': {**params, 'reducer': {'retention': {'r': r}}}}, jax.tree.map(jnp.asarray, BATCH)).loss)(
     jnp.full((4, 14), 1.5))  # fmt: skip
-  np.testing.assert_allclose(
-    gradient, np.arange(1, 5)[:, None] * np.ones((4, 14))
-  )  # beyond 1 it can come back
+  # Beyond 1 it can come back.
+  np.testing.assert_allclose(gradient, np.arange(1, 5)[:, None] * np.ones((4, 14)))
 
 
 def test_at_the_start_the_search_is_the_plain_encoder():

@@ -26,9 +26,8 @@ def export(folder, spec, family='bert', max_length=24):
   source = pretrained.load(f'random:{family}:layers=3,width=16,heads=2,hidden=32,length=64')
   model = models.Classifier(source.config, models.make_reducer(spec), 3)
   params = jax.device_get(model.init_params(jax.random.key(1)))
-  params['head']['out']['kernel'] = (
-    20 * params['head']['out']['kernel']
-  )  # so that labels differ from text to text
+  # So that labels differ from text to text.
+  params['head']['out']['kernel'] = 20 * params['head']['out']['kernel']
   labels = ('bad', 'fair', 'good')
   pretrained.export(
     folder, source.config, params, source.tokenizer, labels,

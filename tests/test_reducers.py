@@ -41,10 +41,11 @@ def close(a, b, tolerance=1e-4):
   np.testing.assert_allclose(a, b, atol=tolerance)
 
 
+# The last: fused attention, one product for queries, keys and values, and all rows at once.
 @pytest.mark.parametrize(
   ('family', 'changes'),
   [('bert', {}), ('mpnet', {}), ('mpnet', {'kernel': 'xla', 'joint': True, 'group_slots': 0})],
-)  # the last: fused attention, one product for queries, keys and values, and all rows at once
+)
 def test_compact_equals_mask(name, family, changes):
   model, params = model_and_params(settings(name, 'TINY'), FAMILIES[family])
   masked = apply(model, params, BATCH)

@@ -15,14 +15,8 @@ from tokenprune_jax import optim, stages, tasks, train
 from tokenprune_jax.models import method_names
 
 METHODS = method_names()
-SPREAD = (
-  'chain',
-  'early_exit',
-  'ltp',
-  'sttabt',
-  'tokee',
-  'topk',
-)  # every kind of decision; fuzzy and combining are in the chain
+# Every kind of decision; fuzzy and combining are in the chain.
+SPREAD = ('chain', 'early_exit', 'ltp', 'sttabt', 'tokee', 'topk')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -92,10 +92,11 @@ def test_a_run_of_an_earlier_version_goes_on_where_its_method_has_gained_a_field
   member['seed'] = 1
   with pytest.raises(UserError, match=r'config\.reducer\.reducers\[0\]\.seed was 1 and is now 0\. Choose'):
     workdir.refuse_differences(place, older, config)
+  # A method that there is no more: all differences are told.
   older['reducer'] = {
     'name': 'gone',
     'ratio': 0.5,
-  }  # a method that there is no more: all differences are told
+  }
   with pytest.raises(UserError, match="config.reducer.name was 'gone' and is now 'chain'"):
     workdir.refuse_differences(place, older, config)
 

@@ -42,9 +42,8 @@ def shares(counts):
   return tuple((np.maximum(counts, 1) / (len(LENGTHS) * 14)).tolist())
 
 
-RELATIVE = dataclasses.replace(
-  TINY_CONFIG, relative_buckets=32
-)  # a bias for all, or where slots have moved for each
+# A bias for all, or where slots have moved for each.
+RELATIVE = dataclasses.replace(TINY_CONFIG, relative_buckets=32)
 CONFIGS = {'exits': RELATIVE, 'pruned exits': RELATIVE}
 
 
@@ -113,9 +112,8 @@ def test_the_surest_words_halt_where_there_is_no_room():
   stopped = stopped.reshape(pieces.shape) & (FIRST > 0)
   assert stopped.sum() > 5
   first_exit = np.take_along_axis(np.asarray(whole.exits[:, 0]), words[..., None], axis=1)
-  close(
-    np.asarray(found.logits)[stopped], first_exit[stopped]
-  )  # they have the tag of the exit that they were seen at
+  # They have the tag of the exit that they were seen at.
+  close(np.asarray(found.logits)[stopped], first_exit[stopped])
   going = np.asarray(found.trace.rows)
   assert (going[:, 0] == LENGTHS).all() and (going.sum(0)[1:] == 20).all()
 

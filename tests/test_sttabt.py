@@ -71,9 +71,8 @@ def test_hard_masks_answers_and_costs_are_the_official_ones(official):
   np.testing.assert_allclose(output.logits, g['hard_logits'], atol=1e-4)
   sizes = g['hard_mask_used'].sum(-1).T  # [b l + 1]
   np.testing.assert_array_equal(output.trace.keys, sizes[:, :-1])
-  np.testing.assert_array_equal(
-    output.trace.queries, sizes[:, 1:]
-  )  # rectangular: the queries of the layer above
+  # Rectangular: the queries of the layer above.
+  np.testing.assert_array_equal(output.trace.queries, sizes[:, 1:])
   np.testing.assert_array_equal(output.trace.rows, sizes[:, 1:])
 
 

@@ -82,9 +82,8 @@ def test_a_run_ends_with_scores_of_spans_and_a_record_a_sentence(run):
   assert 0 < result['mac_ratio'] < 1 and all(0 < r['keep_ratio'] < 1 for r in records)
   assert len(records[-1]['words']) > 24 and sum(r['length'] for r in records) > result['words']
   best = min(lines(folder, 'valid'), key=lambda row: row['loss'])
-  assert best['f1'] == pytest.approx(
-    result['metrics']['f1']
-  )  # valid is test here: the best checkpoint was kept
+  # Valid is test here: the best checkpoint was kept.
+  assert best['f1'] == pytest.approx(result['metrics']['f1'])
 
 
 def test_the_trained_model_tags_words_strings_and_files(run):

@@ -237,9 +237,8 @@ def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch, capsys
   by_compact = {(row['name'], row['budget']): row['compact'] for row in rows if row.get('compact')}
   assert set(by_compact) == {('ltp', None), ('ltp', 0.4)}  # its counts depend on the text
   assert all(one['time_ratio'] > 0 and one['f1'] > 0.5 for one in by_compact.values())
-  assert {time['command'] for time in found.values()} == {
-    f'python benchmarks/{" ".join(given)} --runs=runs'
-  }  # a folder of one machine is not told
+  # A folder of one machine is not told.
+  assert {time['command'] for time in found.values()} == {f'python benchmarks/{" ".join(given)} --runs=runs'}
   assert 'sst2_time.png' in (tmp_path / 'text_pruning.md').read_text()
   assert (tmp_path / 'text_pruning_sst2_time.png').stat().st_size > 10_000
   before = json.loads((tmp_path / 'text_pruning.json').read_text())

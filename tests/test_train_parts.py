@@ -292,9 +292,8 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
 
 def test_a_changed_config_is_refused_by_its_keys(tmp_path):
   config = settings.check({})
-  workdir.settle_config(
-    tmp_path, settings.check({'seed': 5})
-  )  # nothing is learned yet: a slip costs no workdir
+  # Nothing is learned yet: a slip costs no workdir.
+  workdir.settle_config(tmp_path, settings.check({'seed': 5}))
   workdir.settle_config(tmp_path, config)
   workdir.write_json(tmp_path / 'stages' / 'finetune.json', {})
   workdir.write_json(tmp_path / 'result.json', {})

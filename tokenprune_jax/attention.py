@@ -320,9 +320,8 @@ def fused(
   mixed = mixed.swapaxes(1, 2).astype(jnp.float32)
   if seen.shape[1] == 1:
     return mixed
-  return jnp.where(
-    (seen > 0).any(-1)[:, :, None, None], mixed, 0
-  )  # a head that was taken away puts out nothing
+  # A head that was taken away puts out nothing.
+  return jnp.where((seen > 0).any(-1)[:, :, None, None], mixed, 0)
 
 
 def light(

@@ -29,12 +29,10 @@ class Convention(NamedTuple):
 
 CONVENTIONS = {
   'macs': Convention(1, attention=True, own=True, padded=False),
-  'ltp': Convention(
-    2, attention=True, own=False, padded=False
-  ),  # arXiv 2107.00910; Magic Pyramid's figures agree
-  'lat': Convention(
-    1, attention=True, own=False, padded=True
-  ),  # arXiv 2010.07003: a profile of one padded example
+  # arXiv 2107.00910; Magic Pyramid's figures agree.
+  'ltp': Convention(2, attention=True, own=False, padded=False),
+  # arXiv 2010.07003: a profile of one padded example.
+  'lat': Convention(1, attention=True, own=False, padded=True),
   'fastbert': Convention(2, attention=False, own=True, padded=True),  # arXiv 2004.02178: linear modules only
 }
 

@@ -46,9 +46,7 @@ def span_scores(tags: Sequence[Sequence[str]], predictions: Sequence[Sequence[st
   By the seqeval library: a span counts where its kind, its beginning and its end are right, and tags against the scheme
   are read leniently, as conlleval does. 0 where there are no spans to find, or none were found.
   """
-  from seqeval.metrics.sequence_labeling import (
-    precision_recall_fscore_support,
-  )  # not above: it takes two seconds
+  from seqeval.metrics.sequence_labeling import precision_recall_fscore_support  # takes two seconds
 
   precision, recall, f1, _ = precision_recall_fscore_support(
     [list(sentence) for sentence in tags],

@@ -75,9 +75,8 @@ def layout(words: Sequence[Word], measure: Any, space: float) -> tuple[list[Box]
   widths = [measure(shown(word)) for word in words]
   x, line = MARGIN, 0
   for i, word in enumerate(words):
-    end = next(
-      (j for j in range(i + 1, len(words)) if words[j].gap), len(words)
-    )  # a comma stays with its word
+    # A comma stays with its word.
+    end = next((j for j in range(i + 1, len(words)) if words[j].gap), len(words))
     if boxes:
       x += space if word.gap else 0
       if '\n' in word.gap or (word.gap and x + sum(widths[i:end]) > WIDTH - MARGIN):

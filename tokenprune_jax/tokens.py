@@ -47,9 +47,8 @@ class Tokens(struct.PyTreeNode):
   score: Any = None  # like seen: when a capacity is too small, the lowest-scored leave
   carry: dict = struct.field(default_factory=dict)  # {name: [b n …]} a method's own per-slot state
   length: int = struct.field(pytree_node=False, default=0)  # N, what `position` counts up to
-  batch: int = struct.field(
-    pytree_node=False, default=0
-  )  # examples it began with; 0 where they are regrouped
+  # Examples it began with; 0 where they are regrouped.
+  batch: int = struct.field(pytree_node=False, default=0)
   added: int = struct.field(pytree_node=False, default=0)  # trailing slots that are not input tokens
   moved: bool = struct.field(pytree_node=False, default=False)  # slot i is no longer input token i
   capacity: Capacity = struct.field(pytree_node=False, default=Capacity())

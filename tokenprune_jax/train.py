@@ -353,9 +353,8 @@ def best_params(session: Session, name: str, stage: Done) -> Any:
 def validation(session: Session, model: Classifier, params: Callable[[], Any]) -> costs.Validation:
   """The validation split, as a method's `finish` sees it; params() is asked for at its first forward pass."""
   place = sharding.batch_sharding(session.mesh)
-  forward, cost = stages.programs(
-    model.clone(executor='mask')
-  )  # what a capacity is too small for is counted too
+  # What a capacity is too small for is counted too.
+  forward, cost = stages.programs(model.clone(executor='mask'))
   plan = batches(session, 'valid', session.config['eval']['batch_size'])
   return costs.Validation(
     lambda batch: forward(params(), batch),

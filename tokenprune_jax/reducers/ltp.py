@@ -198,9 +198,8 @@ class Method(Reducer):
       stay = (tokens.updated[:, :n] > 0) & (hard > 0)
       room = schedule.places(self.capacities[layer - 1], tokens.length) if self.capacities else None
       return leave(tokens, stay, score, 'gone', room), memory
-    spared = guarded & (
-      self.protect or self.soft_form == 'stream'
-    )  # what only scales an output may scale any
+    # What only scales an output may scale any.
+    spared = guarded & (self.protect or self.soft_form == 'stream')
     soft = jnp.where(spared, 1, soft_mask(score, theta, self.temperature))
     live = (tokens.size[:, :n] > 0).astype(soft.dtype)
     if 'loss' in memory:
