@@ -11,7 +11,7 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, families, models, segments, train
+from tokenprune_jax import conversion, families, models, schedule, segments, train
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder
 from tokenprune_jax.encoder_config import EncoderConfig
@@ -202,6 +202,13 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(official):
     make(factor=16).apply({'params': params}, batch)
   with pytest.raises(UserError, match="task.readout is 'mean', but this method leaves tokens for cls only"):
     make().clone(readout='mean').check()
+
+
+def test_a_share_of_the_tokens_is_rounded_up_alike_everywhere():
+  lengths = np.arange(1, 513)
+  for keep in (0.15, 0.3, 0.35, 0.6, 1.0):
+    found = sttabt.asked(jnp.full(512, keep, jnp.float32), jnp.asarray(lengths))
+    np.testing.assert_array_equal(found, [schedule.places(keep, int(n)) for n in lengths])
 
 
 def test_rows_that_a_plan_has_no_room_for_leave_by_their_score():

@@ -1,10 +1,14 @@
 """Top-k's scores and the schedules of others, against loops and the official numbers."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.reference import apply, model_and_params, ragged_batch
 from tokenprune_jax import schedule
+from tokenprune_jax import tokens as stream
+from tokenprune_jax.models import make_reducer
+from tokenprune_jax.reducer import read_out
 
 BATCH = ragged_batch((14, 9, 5, 2, 1), 14)
 
@@ -54,3 +58,18 @@ def test_random_depends_on_the_seed():
     model, params = model_and_params({'name': 'topk', 'ratio': 0.5, 'score': 'random', 'seed': seed})
     kept.append(np.asarray(apply(model, params, BATCH).trace.kept))
   assert (kept[0] != kept[1]).any()
+
+
+def test_frozen_tokens_are_read_out_too():
+  """The mean is over all that are left, whether they are still updated or not."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 3)), jnp.float32)
+  tokens = stream.start(x, jnp.arange(5)[None] < 4, protect_first=False)
+  first = jnp.arange(5)[None] == 0
+  for leavers, mean in (('frozen', x[:, :4].mean(1)), ('unseen', x[:, :4].mean(1)), ('gone', x[:, 0])):
+    found = stream.leave(tokens, first, first * 1.0, leavers, None)
+    np.testing.assert_allclose(read_out(found, 'mean'), mean, rtol=1e-6)
+
+
+def test_a_ratio_that_leaves_next_to_nothing_in_a_deep_encoder():
+  method = make_reducer({'name': 'topk', 'ratio': 0.4})
+  assert all(method.share(layer) > 0 for layer in range(1, 25))

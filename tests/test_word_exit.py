@@ -62,3 +62,5 @@ def test_settings_that_training_samples():
     assert set(np.asarray(delta).tolist()) <= set(np.float32(deltas).tolist())
     assert int(exits.sum()) == 12  # 4 of 10 exit nowhere
     assert int((window == 5).sum()) >= 2 and int((delta == np.float32(0.25)).sum()) >= 2
+  few = [word_exit.sampled_settings(jax.random.key(seed), 2, windows, deltas)[2] for seed in range(20)]
+  assert 0.4 < np.mean(few) < 0.8  # a batch of two is not always one of those that exit nowhere

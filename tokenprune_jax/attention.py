@@ -38,7 +38,8 @@ class Evidence(NamedTuple):
   entropy [b h n]: entropy in nats of how that attention spreads over the queries. first_row [b h n]: the weights of
   query 0 ([CLS]). weights [b h n n]: all. map [b n n]: their mean over heads. scores [b h n n]: before the softmax.
   magnitude [b h]: of what a head puts out, absolute values summed over updated queries and features. terms: what a method
-  makes maps of itself, where no keys are gathered (the executor `mask`).
+  makes maps of itself, where no keys are gathered (the executor `mask`). Always there: projected [b], states that a layer
+  projects, for queries and outputs and for keys and values; and how many layers have run, this one included.
   """
 
   received: Array | None = None
@@ -50,6 +51,8 @@ class Evidence(NamedTuple):
   scores: Array | None = None
   magnitude: Array | None = None
   terms: Terms | None = None
+  projected: Array | None = None
+  layers: int | None = None
 
 
 def soft_parts(

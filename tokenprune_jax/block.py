@@ -117,7 +117,8 @@ class Block(nn.Module):
       )
     else:
       x, evidence, overflow = self.mixed(tokens, bias, reads, train)
-    return tokens.replace(x=x), evidence, overflow
+    projected = tokens.updated.sum(-1) + stream.live(tokens).sum(-1)
+    return tokens.replace(x=x), evidence._replace(projected=projected), overflow
 
   def mixed(self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool) -> tuple[Array, Evidence, Array]:
     """`attend` on all examples at once: (x, evidence, overflow)."""

@@ -45,24 +45,33 @@ def from_zero(cost: Callable[[float], float], target: float, start: float) -> fl
 
 
 def of_counts(config: EncoderConfig, lengths: np.ndarray, left: np.ndarray) -> float:
-  """MACs as a share of dense's where `left` [N L] of each example's `lengths` [N] tokens go on after each attention."""
+  """MACs as a share of dense's where `left` [N l] of each example's `lengths` [N] tokens go on after each attention.
+
+  l: the layers that run.
+  """
   before = np.concatenate([lengths[:, None], left[:, :-1]], axis=1)
   total = flops.block_macs(config, before, before, before, left).sum()
   return float(total / flops.block_macs(config, *[lengths * 1.0] * 4).sum() / config.depth)
 
 
 def fixed_counts(
-  target: float, validation: Any, left: Callable[[np.ndarray, float], np.ndarray], most: float
+  target: float, validation: Any, left: Callable[[np.ndarray, float], np.ndarray], most: float, now: float
 ) -> float:
   """The factor of a method's counts at which validation costs `target`.
 
-  left(lengths [N], factor) -> [N L] tokens that go on after each layer's attention; at `most` all of them. Raises
-  UserError where even a factor of 0 costs more.
+  left(lengths [N], factor) -> [N L] tokens that go on after each layer's attention; at `most` all of them. now: the factor
+  that the validated model runs at: what it costs there beside these counts alone, as by other methods of a chain or by
+  what is read of the maps, is taken for a share that stays. Raises UserError where even a factor of 0 costs more.
   """
-  lengths = validation.lengths()
+  lengths, (run, reached) = validation.lengths(), validation.measured()
+
+  def counted(factor):
+    return of_counts(validation.encoder, lengths, left(lengths, factor)[:, run])
+
+  share = reached / counted(now)
 
   def cost(factor):
-    return of_counts(validation.encoder, lengths, left(lengths, factor))
+    return share * counted(factor)
 
   if (least := cost(0.0)) > target:
     raise UserError(

@@ -62,6 +62,14 @@ class Validation(NamedTuple):
       found, weight = jax.device_get((cost(given), batch['weight']))
       yield Cost(*(values[weight > 0] for values in found)), batch
 
+  def measured(self) -> tuple[np.ndarray, float]:
+    """(which layers run [L] bool, multiply-adds as a share of dense's), of the model as it stands."""
+    found = [cost for cost, _ in self.costs({})]
+    rows, macs, dense = (
+      sum(getattr(cost, name).sum(0) for cost in found) for name in ('rows', 'macs', 'dense_macs')
+    )
+    return rows > 0, float(macs / dense)
+
   def mac_ratio(self, controls: Mapping[str, float]) -> float:
     """Multiply-adds of the split as a share of dense's."""
     total = np.zeros(2)
@@ -79,8 +87,14 @@ class Validation(NamedTuple):
 
     column: the counts [b L] that a capacity must hold.
     """
-    shares = [column(cost) / batch['ids'].shape[1] for cost, batch in self.costs(controls or {})]
-    found = np.quantile(np.concatenate(shares), 1 - overflow_rate, axis=0, method='higher')
+    measured = [
+      (column(cost) / batch['ids'].shape[1], cost.rows) for cost, batch in self.costs(controls or {})
+    ]
+    shares, rows = (np.concatenate(parts) for parts in zip(*measured))
+    found = np.quantile(shares, 1 - overflow_rate, axis=0, method='higher')
+    for l in reversed(range(len(found) - 1)):  # a layer that does not run hands on what the next one takes in
+      if not rows[:, l].any():
+        found[l] = found[l + 1]
     return tuple(np.clip(found, 1e-6, 1.0).tolist())
 
   def calibrated(

@@ -131,6 +131,9 @@ class Encoder(nn.Module):
     block, slots, batch = self.block[str(half.layer)], tokens.x.shape[1], tokens.batch
     if half.attention:
       computed, evidence, overflow = block.attend(tokens, bias, self.reducer.reads(half.layer), train)
+      evidence = evidence._replace(
+        layers=sum(l <= half.layer for l in self.reducer.blocks(self.config.depth))
+      )
       tokens, memory = self.reducer.after_attention(computed, memory, evidence, half.layer)
     else:
       computed, overflow = block.feed_forward(tokens, train)

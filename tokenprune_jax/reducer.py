@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokenprune_jax.attention import Evidence
-from tokenprune_jax.tokens import Tokens, restored
+from tokenprune_jax.tokens import Tokens, presence, restored
 
 Memory = dict[str, Any]  # arrays, or tuples of arrays
 
@@ -67,7 +67,7 @@ def read_out(tokens: Tokens, how: str, memory: Memory | None = None) -> Float[Ar
     return restored(memory['board'], tokens).astype(jnp.float32)
   if how == 'cls':
     return tokens.x[:, 0].astype(jnp.float32)
-  weight = tokens.updated[..., None]
+  weight = presence(tokens)[..., None]
   return (tokens.x.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-6)
 
 
@@ -96,6 +96,10 @@ class Reducer(nn.Module):
   def blocks(self, depth: int) -> tuple[int, ...]:
     """The layers that run; a method that replaces one leaves it out."""
     return tuple(range(1, depth + 1))
+
+  def exits(self) -> tuple[int, ...]:
+    """The layers behind which it may answer."""
+    return ()
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     """Where examples of one length may differ in what is left of them: there `serve` counts and regroups.

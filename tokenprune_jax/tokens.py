@@ -68,10 +68,15 @@ def start(x: Float[Array, 'b n d'], mask: Bool[Array, 'b n'], protect_first: boo
   )  # fmt: skip
 
 
+def presence(tokens: Tokens) -> Float[Array, 'b n']:
+  """How much a slot is there: as much as the head that sees most of it, or as it is updated."""
+  seen = tokens.seen if tokens.seen.ndim == 2 else tokens.seen.max(axis=1)
+  return jnp.maximum(seen, tokens.updated)
+
+
 def live(tokens: Tokens) -> Bool[Array, 'b n']:
   """Slots that are seen by any head or updated. All others are gone: padding, or removed by a decision."""
-  seen = tokens.seen if tokens.seen.ndim == 2 else tokens.seen.max(axis=1)
-  return (seen > 0) | (tokens.updated > 0)
+  return presence(tokens) > 0
 
 
 def select(
@@ -231,9 +236,11 @@ def leave(
   """A decision in the stream. stay, score: of the k input slots; the added ones behind them stay, whatever the room.
 
   leavers: what the others become, one of LEAVERS. With an axis of heads they can only be unseen. capacity: how many
-  input slots may stay; None: not known.
+  input slots may stay; None: not known. Where it is too small protected slots are the last to leave.
   """
   added = [(0, 0)] * (stay.ndim - 1) + [(0, tokens.added)]
+  guarded = tokens.protected[:, : score.shape[-1]]
+  score = jnp.where(guarded if score.ndim == 2 else guarded[:, None], jnp.inf, score)
   stay = jnp.pad(stay, added, constant_values=True).astype(tokens.updated.dtype)
   tokens = tokens.replace(score=jnp.pad(score, added, constant_values=jnp.inf))
   room = None if capacity is None else capacity + tokens.added

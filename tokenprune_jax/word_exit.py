@@ -91,12 +91,14 @@ def sampled_settings(
 ) -> tuple[Int[Array, 'b'], Float[Array, 'b'], Bool[Array, 'b']]:
   """(window, delta, whether anything exits) of each example, for training with exits that it samples itself.
 
-  Of ten rows four exit nowhere, one has the smallest window, one the largest delta, and four draw both evenly.
+  Of ten rows four exit nowhere, one has the smallest window, one the largest delta, and four draw both evenly; of fewer, as
+  many of them by lot.
   """
-  window_key, delta_key, role_key = jax.random.split(key, 3)
+  window_key, delta_key, role_key, first_key = jax.random.split(key, 4)
   window = jax.random.choice(window_key, jnp.asarray(windows), (rows,))
   delta = jax.random.choice(delta_key, jnp.asarray(deltas, jnp.float32), (rows,))
-  role = jax.random.permutation(role_key, jnp.arange(rows) % 10)
+  first = jax.random.randint(first_key, (), 0, 10)
+  role = jax.random.permutation(role_key, (first + jnp.arange(rows)) % 10)
   window = jnp.where(role == 4, min(windows), window)
   delta = jnp.where(role == 5, max(deltas), delta)
   return window, delta, role >= 4

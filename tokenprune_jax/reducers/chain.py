@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from tokenprune_jax.attention import Evidence
+from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
@@ -23,6 +24,13 @@ class Method(Reducer):
   def check(self, depth: int, heads: int) -> None:
     for reducer in self.reducers:
       reducer.check(depth, heads)
+    run = self.blocks(depth)
+    for reducer in self.reducers:
+      if missing := [l for l in reducer.exits() if l not in run]:
+        raise UserError(
+          f'reducer.layers names exits behind the layers {missing}, which another method of the chain leaves out: there run '
+          f'{", ".join(map(str, run))}'
+        )
 
   def readouts(self) -> tuple[str, ...]:
     left = [reducer.readouts() for reducer in self.reducers]
@@ -39,7 +47,10 @@ class Method(Reducer):
     return tuple(l for l in range(1, depth + 1) if all(l in blocks for blocks in kept))
 
   def decides(self, depth: int) -> tuple[Half, ...]:
-    return tuple(sorted({half for reducer in self.reducers for half in reducer.decides(depth)}))
+    asked = {half for reducer in self.reducers for half in reducer.decides(depth)}
+    later = {half: [l for l in (0, *self.blocks(depth)) if l >= half.layer] for half in asked}
+    # What a layer decides that another method leaves out waits for the next one that runs.
+    return tuple(sorted({half._replace(layer=rest[0]) for half, rest in later.items() if rest}))
 
   def shortens(self) -> bool:
     return any(reducer.shortens() for reducer in self.reducers)
@@ -47,8 +58,12 @@ class Method(Reducer):
   def separates(self) -> tuple[str, ...]:
     return tuple(sorted({name for reducer in self.reducers for name in reducer.separates()}))
 
+  def exits(self) -> tuple[int, ...]:
+    return tuple(l for reducer in self.reducers for l in reducer.exits())
+
   def reads(self, layer: int) -> tuple[str, ...]:
-    return tuple(sorted({name for reducer in self.reducers for name in reducer.reads(layer)}))
+    since = range(max((l for l in self.blocks(layer) if l < layer), default=0) + 1, layer + 1)
+    return tuple(sorted({name for reducer in self.reducers for l in since for name in reducer.reads(l)}))
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     memory: Memory = {}

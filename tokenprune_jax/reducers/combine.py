@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Norm
 from tokenprune_jax.reducer import Inputs, Memory, Reducer
-from tokenprune_jax.tokens import Tokens, scatter_to_input
+from tokenprune_jax.tokens import Tokens, presence, scatter_to_input
 
 TINY: dict = {'slots': 3, 'layer': 3}
 NEUTRAL: dict = {'slots': 0}
@@ -131,14 +131,15 @@ class Method(Reducer):
     if not self.slots or layer != self.layer - 1:
       return tokens, memory
     n, width = tokens.x.shape[1] - self.slots, tokens.x.shape[-1]
-    mask = tokens.updated[:, :n]
+    mask = presence(tokens)[:, :n]
     combined, assignment = self.assign(tokens.x[:, n:], tokens.x[:, :n], mask, train)
     count = mask.sum(-1)
     # W_k on each token, logits and means over tokens; W_q, W_v, W_o on each slot
-    macs = count * width * (width + 2 * self.slots) + 3 * self.slots * width**2
+    here = tokens.updated[:, n:]  # not of examples that have left
+    macs = count * width * (width + 2 * self.slots) + 3 * here.sum(-1) * width**2
     slot = (assignment.argmax(1) + 1) * (mask > 0)
     where = scatter_to_input(slot, tokens.position[:, :n], tokens.length) - 1
-    return only(combined, assignment.sum(-1), tokens.length), {
+    return only(combined, assignment.sum(-1), here, tokens), {
       **memory,
       'macs_combine': macs,
       'assignment': where,
@@ -161,11 +162,13 @@ def append(tokens: Tokens, states: Float[Array, 'b m d']) -> Tokens:
   )
 
 
-def only(combined: Float[Array, 'b m d'], size: Float[Array, 'b m'], length: int) -> Tokens:
-  """A stream of nothing but combined slots; length: N."""
+def only(
+  combined: Float[Array, 'b m d'], size: Float[Array, 'b m'], here: Float[Array, 'b m'], before: Tokens
+) -> Tokens:
+  """A stream of nothing but combined slots, in place of the one before. here: 1 where they are still computed."""
   b, m, _ = combined.shape
-  ones = jnp.ones((b, m))
   nowhere = jnp.full((b, m), -1, jnp.int32)
   return Tokens(
-    combined, ones, ones, jnp.ones((b, m), bool), nowhere, size, length=length, added=m, moved=True
-  )
+    combined, here, here, jnp.ones((b, m), bool), nowhere, size, length=before.length, batch=before.batch, added=m,
+    moved=True,
+  )  # fmt: skip

@@ -241,6 +241,8 @@ class Method(Reducer):
       raise UserError(
         f'reducer.layers is {self.layers}; an exit stands behind one of the layers 1 to {depth - 1}'
       )
+    if list(self.layers) != sorted(set(self.layers)):
+      raise UserError(f'reducer.layers is {self.layers}; expected different layers in their order')
     for key, value, choices in (
       ('head', self.head, exit_heads.HEADS),
       ('criterion', self.criterion, tuple(NEVER)),
@@ -279,6 +281,9 @@ class Method(Reducer):
 
   def shortens(self) -> bool:
     return False
+
+  def exits(self) -> tuple[int, ...]:
+    return self.layers
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, False) for l in self.layers if l < depth)

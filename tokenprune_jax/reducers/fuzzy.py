@@ -120,6 +120,8 @@ class Method(Reducer):
     return ('keys', 'rows')
 
   def reads(self, layer: int) -> tuple[str, ...]:
+    if self.ratio == 1:
+      return ()
     return {'entropy': ('entropy',), 'random': (), 'norm': ()}.get(self.rule, ('received',))
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
@@ -137,7 +139,7 @@ class Method(Reducer):
     scores = self.scores(tokens, memory, evidence, layer)[..., :n]
     seen = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None]
     valid = jnp.broadcast_to(seen[..., :n] > 0, scores.shape)
-    table = jnp.asarray(next_counts(self.ratio, n))
+    table = jnp.asarray(next_counts(self.ratio, tokens.length))
     counts = table[memory['fuzzy_count']]
     core = important(scores, valid, self.alpha_important, self.alpha_unimportant)
     stay = keep(
@@ -146,7 +148,7 @@ class Method(Reducer):
     stay |= valid & tokens.protected[:, None, :n]
     if stay.shape[1] == 1:
       stay, scores = stay[:, 0], scores[:, 0]
-    room = None if tokens.moved else self.capacity(layer, n)
+    room = None if tokens.moved else self.capacity(layer, evidence.layers, n)
     return leave(tokens, stay, scores, 'unseen', room), {**memory, 'fuzzy_count': counts}
 
   def scores(self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int) -> Float[Array, 'b h n']:
@@ -159,11 +161,11 @@ class Method(Reducer):
     assert score is not None  # `reads` asked for it
     return score.mean(1, keepdims=True) if self.head_shared or self.rule in SIMPLE else score
 
-  def capacity(self, layer: int, n: int) -> int | None:
-    """Input keys of one head in the next layer; None where the rule does not say."""
+  def capacity(self, layer: int, run: int | None, n: int) -> int | None:
+    """Input keys of one head in the next layer; None where the rule does not say. run: how many layers have."""
     if self.rule in FIXED:
       count = n
-      for _ in range(layer):
+      for _ in range(run or layer):
         count = next_counts(self.ratio, n)[count]
       return count
     return places(self.capacities[layer], n) if layer < len(self.capacities) else None

@@ -16,7 +16,7 @@ from tokenprune_jax import schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs, Memory, Reducer
-from tokenprune_jax.tokens import Tokens, descending_rank, live
+from tokenprune_jax.tokens import Tokens, descending_rank
 
 TINY: dict = {'shares': (1.0, 0.75, 0.5, 0.25)}
 NEUTRAL: dict = {}
@@ -54,11 +54,10 @@ class Method(Reducer):
   ) -> tuple[Tokens, Memory]:
     if not self.shares:
       return tokens, memory
-    assert evidence.magnitude is not None  # `reads` asked for it
+    assert evidence.magnitude is not None and evidence.projected is not None  # `reads` asked for the former
     importance, left = memory['heads_sum'] + evidence.magnitude, memory['heads_left']
     heads, width = left.shape[1], tokens.x.shape[2]
-    rows = tokens.updated.sum(-1) + live(tokens).sum(-1)  # of query and output, of key and value
-    spared = (1 - left.mean(-1)) * 2 * width**2 * rows
+    spared = (1 - left.mean(-1)) * 2 * width**2 * evidence.projected
     left = kept_heads(importance, left, max(round(self.shares[layer - 1] * heads), 1))
     seen = tokens.seen if tokens.seen.ndim == 3 else tokens.seen[:, None]
     return tokens.replace(seen=seen * left[:, :, None]), {

@@ -11,7 +11,7 @@ them. Ranks are over real tokens. In the search [CLS] is ranked like any token, 
 onto [0, 1] after each step, here what lies outside reads as the nearer end, with the gradient of the identity.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -62,12 +62,17 @@ def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   counts = configuration(np.asarray(validation.reducer()['retention']['r']))
   found = {'counts': counts, 'mode': 'hard'}
   target = fields.get('target_macs')
-  return {**found, **at_budget(found, target, validation)} if target else found
+  return {**found, **scaled(counts, target, validation, True)} if target else found
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """The counts times one factor, as `budget` asks for it."""
-  given = np.array(fields['counts'])
+  return scaled(fields['counts'], target, validation, False)
+
+
+def scaled(counts_given: Sequence[int], target: float, validation: Any, whole: bool) -> dict[str, Any]:
+  """The counts times one factor. whole: nothing leaves the validated model, as in a search."""
+  given = np.array(counts_given)
 
   def counts(factor):
     return np.maximum(np.floor(factor * given + 1e-6), 1).astype(int)
@@ -76,7 +81,7 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
     return np.minimum(lengths[:, None], counts(factor))
 
   most = float(validation.lengths().max() / given.min())
-  found = budget.fixed_counts(target, validation, left, most)
+  found = budget.fixed_counts(target, validation, left, most, most if whole else 1.0)
   return {'counts': tuple(counts(found).tolist())}
 
 
@@ -153,9 +158,9 @@ class Method(Reducer):
     self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
   ) -> tuple[Tokens, Memory]:
     n = tokens.x.shape[1] - tokens.added
-    if n == 0 or not self.reads(layer):
+    if n == 0 or evidence.own is None:  # `reads` did not ask for it
       return tokens, memory
-    assert evidence.received is not None and evidence.own is not None  # `reads` asked for them
+    assert evidence.received is not None
     score, live = significance(evidence.received, evidence.own)[:, :n], tokens.updated[:, :n] > 0
     if self.mode == 'search':
       retain = memory['retain'][0, layer - 1]

@@ -28,7 +28,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tokenprune_jax import backtracking, budget, flops, schedule
 from tokenprune_jax.attention import Evidence, soft_weights
@@ -156,7 +156,7 @@ def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """topk: `keep`; else `shift`, as `budget` asks for them; capacities go with it."""
   topk = fields.get('mode', Method.mode) == 'topk'
-  name, cheap, dear = ('keep', 0.0, 1.0) if topk else ('shift', -FURTHEST, FURTHEST)
+  name, cheap, dear = ('keep', 1e-6, 1.0) if topk else ('shift', -FURTHEST, FURTHEST)
 
   def cost(value):
     return validation.mac_ratio({name: value})
@@ -168,6 +168,21 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
     )
   found = {name: budget.bisect(cost, target, dear, cheap)}
   return {**found, **validation.calibrated(fields, lambda cost: cost.keys, found)}
+
+
+def asked(keep: Float[Array, 'b'], real: Int[Array, 'b']) -> Int[Array, 'b']:
+  """How many tokens each layer is asked for: a share is rounded up as by `schedule.places`, here in float32."""
+  return jnp.where(keep <= 1, jnp.ceil(keep * real * (1 - 1e-6)), jnp.minimum(keep, real)).astype(jnp.int32)
+
+
+def gated(
+  mask: Float[Array, 'b *h n'], planned: Float[Array, 'b n'], tokens: Tokens
+) -> Float[Array, 'b *h n']:
+  """What the plan says, in place of `mask`; what others took out stays out, slots that are no input tokens as they are."""
+  position = tokens.position
+  if mask.ndim == 3:
+    planned, position = planned[:, None], position[:, None]
+  return jnp.where(position < 0, mask, planned * (mask > 0))
 
 
 def inherits(fields: Mapping[str, Any]) -> str:
@@ -280,9 +295,8 @@ class Method(Reducer):
       }
     if self.mode == 'topk':
       layers = [backtracking.of_map(seen[f'map_{l}']) for l in range(1, depth + 1)]
-      real, keep = inputs.mask.sum(-1), self.controlled(inputs, 'keep')
-      count = jnp.where(keep <= 1, jnp.ceil(keep * real - 1e-6), jnp.minimum(keep, real))
-      plan = backtracking.top_k(layers, inputs.mask, [count.astype(jnp.int32)] * depth, self.mix)
+      count = asked(self.controlled(inputs, 'keep'), inputs.mask.sum(-1))
+      plan = backtracking.top_k(layers, inputs.mask, [count] * depth, self.mix)
     else:
       layers = [backtracking.standings(seen[f'terms_{l}'], inputs.mask) for l in range(1, depth + 1)]
       theta = self.thresholds(depth, self.theta)
@@ -306,7 +320,8 @@ class Method(Reducer):
 
     rooms = [self.room(min(entry, depth), depth, tokens.length) for entry in (layer, layer + 1)]
     return tokens.replace(
-      seen=of(layer), updated=of(layer + 1), score=jnp.take_along_axis(plan.sum(1), place, axis=1) * real,
+      seen=gated(tokens.seen, of(layer), tokens), updated=gated(tokens.updated, of(layer + 1), tokens),
+      score=jnp.take_along_axis(plan.sum(1), place, axis=1) * real,
       capacity=Capacity(slots=rooms[0], keys=rooms[0], rows=rooms[1]),
     )  # fmt: skip
 

@@ -233,6 +233,9 @@ class Method(Reducer):
   def needs_words(self) -> bool:
     return True
 
+  def exits(self) -> tuple[int, ...]:
+    return self.layers
+
   def decides(self, depth: int) -> tuple[Half, ...]:
     return tuple(Half(l, False) for l in self.layers)
 

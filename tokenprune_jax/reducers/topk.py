@@ -53,7 +53,7 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
   def left(lengths, factor):
     return np.maximum(np.floor(lengths[:, None] * shares(factor)), 1)
 
-  found = budget.fixed_counts(target, validation, left, 1 / given.min())
+  found = budget.fixed_counts(target, validation, left, 1 / given.min(), 1.0)
   return {'shares': tuple(shares(found).tolist())}
 
 
@@ -96,7 +96,7 @@ class Method(Reducer):
 
   def share(self, layer: int) -> float:
     """Share of an example's tokens that stay after a layer."""
-    return self.shares[layer - 1] if self.shares else round(self.ratio**layer, 9)
+    return self.shares[layer - 1] if self.shares else max(round(self.ratio**layer, 9), 1e-9)
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     first = tokens.position == 0  # it is asked for its attention
