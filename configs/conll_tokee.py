@@ -12,8 +12,8 @@ The paper's settings at 2, 3 and 4 times fewer multiply-adds are windows of 15, 
 
 import ml_collections
 
-from configs import conll, imdb_fuzzy
-from tokenprune_jax import settings
+from configs import conll
+from tokenprune_jax import pretrained, settings
 from tokenprune_jax.errors import UserError
 
 WORDS = {
@@ -45,8 +45,7 @@ def get_config(argument: str = 'tokee') -> ml_collections.ConfigDict:
   if variant == 'debug':
     tags, weights = tags or 'file', weights or DEBUG
   config = conll.get_config(f'{tags or "ner"},{weights or "minilm-l6"}')
-  depth = 3 if weights == DEBUG else imdb_fuzzy.DEPTH.get(config.model.weights, 12)
-  reducer = {**WORDS, 'layers': tuple(range(1, depth))}
+  reducer = {**WORDS, 'layers': tuple(range(1, pretrained.depth_of(config.model.weights)))}
   joint = settings.stage(name='joint', init='tune', objective='tags_joint', epochs=3, checkpoint='last')
   sampled = settings.stage(
     name='sampled',

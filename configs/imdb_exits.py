@@ -10,7 +10,7 @@ depends on its content: such a model is timed as `tokenprune_jax.load(workdir).s
 import ml_collections
 
 from configs import imdb_fuzzy
-from tokenprune_jax import settings
+from tokenprune_jax import pretrained, settings
 from tokenprune_jax.errors import UserError
 
 EXITS = {
@@ -35,7 +35,7 @@ def get_config(argument: str = 'exits') -> ml_collections.ConfigDict:
   variant, _, weights = argument.partition(',')
   weights = weights or 'minilm-l6'
   config = imdb_fuzzy.get_config(f'dense,{weights}')
-  layers = tuple(range(1, imdb_fuzzy.DEPTH.get(weights, 12)))
+  layers = tuple(range(1, pretrained.depth_of(weights)))
   exits = {**EXITS, 'layers': layers}
   reducers = {
     'exits': exits,

@@ -10,8 +10,8 @@ take off it. Variants and weights after a colon: `:linear` (default) or `:fastbe
 
 import ml_collections
 
-from configs import imdb_exits, imdb_fuzzy, imdb_ltp
-from tokenprune_jax import settings
+from configs import imdb_exits, imdb_ltp
+from tokenprune_jax import pretrained, settings
 from tokenprune_jax.errors import UserError
 
 HEADS = {'linear': 'linear', 'fastbert': 'attention'}
@@ -24,7 +24,7 @@ def get_config(argument: str = 'linear') -> ml_collections.ConfigDict:
     raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(HEADS)}')
   weights = weights or 'minilm-l6'
   config = imdb_ltp.get_config(f'budget,{weights}')
-  layers = tuple(range(1, imdb_fuzzy.DEPTH.get(weights, 12)))
+  layers = tuple(range(1, pretrained.depth_of(weights)))
   exits = {**imdb_exits.EXITS, 'head': HEADS[variant], 'layers': layers}
   none = {'layers': ()}  # until they are trained
   tune, soft, hard = (dict(stage) for stage in config.stages)

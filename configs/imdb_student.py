@@ -9,7 +9,7 @@ Variants and weights after a colon: `:half` (default) or `:third` of the layers,
 import ml_collections
 
 from configs import imdb_fuzzy
-from tokenprune_jax import settings
+from tokenprune_jax import pretrained, settings
 from tokenprune_jax.errors import UserError
 
 PARTS = {'half': 2, 'third': 3}
@@ -22,9 +22,9 @@ def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
     raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(PARTS)}')
   weights = weights or 'minilm-l6'
   config = imdb_fuzzy.get_config(f'dense,{weights}')
-  depth = imdb_fuzzy.DEPTH.get(weights, 12)
-  count = depth // PARTS[variant]
-  layers = tuple(1 + round(i * (depth - 1) / (count - 1)) for i in range(count))
+  depth = pretrained.depth_of(weights)
+  count = max(depth // PARTS[variant], 1)
+  layers = tuple(1 + round(i * (depth - 1) / max(count - 1, 1)) for i in range(count))
   with config.unlocked():
     config.reducer = {'name': 'student', 'layers': layers}
     config.stages = (

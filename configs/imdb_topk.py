@@ -11,7 +11,7 @@ random. Counts are fixed, so tokens leave in training too (executor compact).
 import ml_collections
 
 from configs import imdb_fuzzy
-from tokenprune_jax import schedule
+from tokenprune_jax import pretrained, schedule
 from tokenprune_jax.errors import UserError
 
 ENDS = {'half': (0.95, 0.05), 'third': (0.65, 0.02)}  # shares left after the first and the last layer
@@ -27,11 +27,11 @@ def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
     raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join((*ENDS, *SCHEDULES))}')
   weights = weights or 'minilm-l6'
   config = imdb_fuzzy.get_config(f'dense,{weights}')
-  depth = imdb_fuzzy.DEPTH.get(weights, 12)
+  depth = pretrained.depth_of(weights)
   score = 'cumulative' if variant in ('cascade', 'spatten') else 'received'
   if variant in ENDS:
     first, last = ENDS[variant]
-    shares = [first + (last - first) * l / (depth - 1) for l in range(depth)]
+    shares = [first + (last - first) * l / max(depth - 1, 1) for l in range(depth)]
   else:
     shares = SCHEDULES[variant](KEEP, depth)
   shares = tuple(round(share, 3) for share in shares)

@@ -104,6 +104,8 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.stages = tuple(
       moved(dict(stage), dense, other) for stage in config.stages if stage['name'] not in left_out
     )
+    if config.reducer.get('name') == 'power':  # ranks are those of the dense run's texts
+      config.reducer.slots = config.data.max_length
     if plus:
       config.stages = tuple(taught(dict(stage), dense, TAUGHT[teaching]) for stage in config.stages)
   return config

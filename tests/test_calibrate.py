@@ -1,5 +1,7 @@
 """A trained model set to a budget or an accuracy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,11 @@ def test_capacities_that_batches_share_are_found_with_the_setting(run, tmp_path,
   shared, alone = (model.predict(texts, batch_size=size) for size in (8, 1))
   for one, other in zip(shared, alone):  # what there is no room for is computed again
     assert one['probabilities'] == pytest.approx(other['probabilities'], abs=1e-4)
+  whole = calibrate.Calibration(tmp_path / 'run').whole()
+  assert (whole.spec['threshold'], whole.mac_ratio >= 1) == (
+    0.0,
+    True,
+  )  # nobody leaves, though exits cost something
   capsys.readouterr()
   assert calibrate.main([f'--run={run}', '--macs=0.6', '--batch=4']) == 2
   assert 'topk has no capacities that a batch could share' in capsys.readouterr().err
@@ -181,6 +188,25 @@ def test_what_cannot_be_reached_is_told_in_one_line(run, options, words, capsys,
   assert not (run / 'none').exists()
 
 
+def test_where_nothing_is_cheap_enough_the_reason_is_told(calibration, monkeypatch):
+  def at(budget):
+    raise UserError('no method here can be set')
+
+  monkeypatch.setattr(calibration, 'at', at)
+  with pytest.raises(UserError, match='no method here can be set'):
+    calibration.cheapest(0.5)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(UserError, match='no workdir of a finished run'):
     calibrate.Calibration(tmp_path)
+  (tmp_path / 'model').mkdir()
+  with pytest.raises(UserError, match='there is no config.json in it'):
+    calibrate.Calibration(tmp_path)
+
+
+def test_data_with_other_labels_are_refused(run):
+  calibration = calibrate.Calibration(run)
+  calibration.exported = dataclasses.replace(calibration.exported, labels=('a', 'b', 'c'))
+  with pytest.raises(UserError, match='its model has a, b, c'):
+    len(calibration.sample)

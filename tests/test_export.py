@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import tokenprune_jax
 from tests.golden_models import FAMILIES, same
 from tokenprune_jax import export, models, pretrained
 from tokenprune_jax.errors import UserError
@@ -240,3 +241,13 @@ def exported(tmp_path_factory):
   weights, params = make('bert', 'linear', CHAIN)
   write(folder, weights, params, 'linear', 'mean', CHAIN)
   return folder
+
+
+def test_a_method_without_its_parameters_is_an_error_that_names_them(tmp_path, exported):
+  folder = tmp_path / 'model'
+  shutil.copytree(exported, folder)
+  change_settings(folder, reducer={'name': 'ltp'})
+  with pytest.raises(
+    UserError, match=r'reducer/learned/delta has the shape None, but the method .* wants \('
+  ):
+    tokenprune_jax.load(folder)

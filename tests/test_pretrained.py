@@ -394,3 +394,19 @@ def test_the_random_models_tokenizer_knows_all_ascii_text(family):
 def test_a_wrong_random_source_says_what_is_expected(source, message):
   with pytest.raises(UserError, match=message):
     pretrained.load(source)
+
+
+def test_the_depth_of_any_source_is_known_without_its_weights(tmp_path):
+  raw = {
+    'model_type': 'distilbert',
+    'n_layers': 3,
+    'dim': 16,
+    'n_heads': 2,
+    'hidden_dim': 32,
+    'vocab_size': 50,
+  }
+  (tmp_path / 'config.json').write_text(json.dumps(raw))
+  given = ('minilm-l6', 'mpnet-base', 'random:bert:layers=5', str(tmp_path))
+  assert [pretrained.depth_of(source) for source in given] == [6, 12, 5, 3]
+  with pytest.raises(UserError, match='no folder'):
+    pretrained.depth_of('no such/folder at all')

@@ -182,6 +182,10 @@ def test_bfloat16_stays_close_and_reads_out_float32(name):
     ({'name': 'fuzzy', 'ration': 0.5}, "no setting 'ration'.*did you mean 'ratio'"),
     ({'name': 'fuzzy', 'ratio': 'high'}, "ratio is 'high'"),
     ({'name': 'combine', 'slots': 2.5}, 'slots is 2.5'),
+    ({'name': 'topk', 'shares': ('a', 'b')}, r"shares is \('a', 'b'\); a list of floats"),
+    ({'name': 'early_exit', 'layers': (1.5,)}, r'layers is \(1.5,\); a list of ints'),
+    ({'name': 'power', 'counts': 3}, 'counts is 3; a list of ints'),
+    ({'name': 'chain', 'reducers': ['ltp']}, "a reducer is 'ltp'"),
     ({'name': 'chain', 'reducers': [{'name': 'nothing'}]}, "'nothing'"),
   ],
 )

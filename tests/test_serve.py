@@ -130,6 +130,7 @@ def test_rows_that_exit_make_room_and_order_is_kept(pyramid):
     ([-1], 'token id -1'),
     ('a text', 'without a tokenizer'),
     ('  ', 'an empty text'),
+    ('\ud800 hello', 'invalid UTF-8'),
     (None, 'expected one text'),
   ],
 )
@@ -150,6 +151,11 @@ def test_wrong_controls_are_refused(pyramid):
     server.submit([5], {'speed': 1.0})
   with pytest.raises(UserError, match='finite'):
     server.submit([5], {'threshold': float('nan')})
+  with pytest.raises(UserError, match='expected finite numbers'):
+    server.submit([5], {'threshold': 'low'})
+  _, model, params = pyramid
+  with pytest.raises(UserError, match="unknown control 'exit_treshold'; this method has: .*exit_threshold"):
+    serve.Server(model, params, controls={'exit_treshold': 0.3})
 
 
 def test_a_full_queue_says_so_and_loses_nothing(pyramid, monkeypatch):

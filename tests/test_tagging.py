@@ -125,8 +125,10 @@ def test_a_server_answers_as_predict_does(run):
   given = [['bako', 'dice'], 'hape', 'fumo bako dice ' * 20, ['gilu']]
   with model.serve(ladder=serve.Ladder((24,))) as server:
     answers = list(server.map(given))
-    with pytest.raises(UserError, match='the sentence is empty'):
-      list(server.map([' ']))
+    found = server.map(['gilu', ' ', 'dice'])
+    assert next(found)[:2] == answers[3][:2]  # what came before is answered
+    with pytest.raises(UserError, match='sentence number 2: the sentence is empty'):
+      next(found)
   for answer, expected in zip(answers, model.tagged(given)):
     assert answer[:2] == expected[:2]
     np.testing.assert_allclose(answer.probabilities, expected.probabilities, atol=1e-5)

@@ -305,6 +305,16 @@ def test_a_changed_config_is_refused_by_its_keys(tmp_path):
     workdir.settle_config(tmp_path, settings.check({'seed': 1, 'optimizer': {'warmup': 0.2}}))
 
 
+def test_changed_data_are_refused_by_what_differs(tmp_path):
+  identity = {'labels': ['neg', 'pos'], 'train': {'examples': 9, 'digest': 'a'}}
+  workdir.settle_data(tmp_path, {'labels': ['x', 'y']})
+  workdir.settle_data(tmp_path, identity)  # nothing was learned from the others
+  workdir.write_json(tmp_path / 'stages' / 'finetune.json', {})
+  workdir.settle_data(tmp_path, identity)
+  with pytest.raises(UserError, match=r"labels was \['neg', 'pos'\] and is now \['apos', 'neg'\]; train was"):
+    workdir.settle_data(tmp_path, {'labels': ['apos', 'neg'], 'train': {'examples': 9, 'digest': 'b'}})
+
+
 def test_a_signal_waits_for_the_step_but_interrupts_what_can_be_repeated():
   before = signal.getsignal(signal.SIGTERM)
   with stopping.Stop() as stop:

@@ -76,7 +76,9 @@ class Calibration:
     self.folder, self.limit = pathlib.Path(run), limit
     if not (self.folder / 'model').is_dir():
       raise UserError(f'{self.folder} is no workdir of a finished run: there is no model/ in it')
-    config = json.loads((self.folder / 'config.json').read_text(encoding='utf-8'))
+    config = workdir.read_json(self.folder / 'config.json')
+    if config is None:
+      raise UserError(f'{self.folder} is no workdir of a finished run: there is no config.json in it')
     self.data, self.seed = {**config['data'], **changes}, config['seed']
     self.executor = 'serve' if config['model']['executor'] == 'mask' else config['model']['executor']
     self.task = tasks.make(config['task']['name'], config['task'].get('constrained', False))
@@ -93,7 +95,13 @@ class Calibration:
   def splits(self) -> Mapping[str, data.Split]:
     """Read when first asked for."""
     tokenizer, length = self.exported.tokenizer, self.data['max_length']
-    return data.LOADERS[self.task.name](self.data, tokenizer, length, data.cache_dir(), seed=self.seed).splits
+    found = data.LOADERS[self.task.name](self.data, tokenizer, length, data.cache_dir(), seed=self.seed)
+    if tuple(found.labels) != tuple(self.exported.labels):
+      raise UserError(
+        f'the data of {self.folder} have the labels {", ".join(found.labels)} now; its model has '
+        f'{", ".join(self.exported.labels)}. Put the files back that it was trained on.'
+      )
+    return found.splits
 
   @functools.cached_property
   def sample(self) -> data.Split:
@@ -165,6 +173,16 @@ class Calibration:
     """The setting that costs `budget`. Raises UserError where none is that cheap."""
     return self.measured(stages.at_budget(self.wanted, budget, self.validation(self.wanted)))
 
+  def whole(self) -> Setting:
+    """The setting at which the method that a budget sets does nothing. Raises UserError where there is no such method."""
+    able = [spec for spec in specs.members(self.wanted) if hasattr(specs.module(spec['name']), 'at_budget')]
+    file = specs.module(able[-1]['name']) if able else None
+    if not hasattr(file, 'idle'):
+      return self.at(1.0)
+    idle = file.idle(able[-1])
+    fields = {field: idle[control] for field, control in file.CONTROLS.items() if control in idle}
+    return self.measured(specs.with_handed_on(self.wanted, {able[-1]['name']: fields}))
+
   def time_of(self, spec: Mapping[str, Any]) -> float:
     """Seconds an example as a share of dense's, on some of the sample's batches, in turns."""
     plan = self.batches()
@@ -215,12 +233,13 @@ class Calibration:
     """
     budgets, found = (*GRID, 1.0), []
     low, high, good = 0, len(budgets), None
+    refused: UserError | None = None
     while low < high:
       middle = (low + high) // 2
       try:
         setting = self.at(budgets[middle])
-      except UserError:
-        low = middle + 1  # nothing is that cheap
+      except UserError as error:
+        low, refused = middle + 1, error  # nothing is that cheap
         continue
       tell(setting)
       found.append(setting)
@@ -230,6 +249,8 @@ class Calibration:
         low = middle + 1
     if good is not None:
       return good
+    if refused and not found:
+      raise refused
     best = max(found, key=lambda setting: setting.accuracy)
     raise UserError(
       f'no setting reaches {accuracy:.1%} {best.metric} on the validation split; the best there is {best.accuracy:.1%}, at '
@@ -285,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.time is not None:
       setting = calibration.in_time(options.time)
     elif options.loss is not None:
-      whole = calibration.at(1.0)
+      whole = calibration.whole()
       writer.say(f'nothing removed: {whole.metric} {whole.accuracy:.2%}')
       setting = calibration.cheapest(whole.accuracy - options.loss / 100)
     else:

@@ -58,6 +58,19 @@ def param_shapes(model: Classifier) -> Any:
   return jax.eval_shape(model.init_params, jax.random.key(0))
 
 
+def check_reducer(model: Classifier, params: Mapping[str, Any], source: str) -> None:
+  """Raises UserError where the method of a model has not the parameters that it needs; source: what to call them."""
+  here = optim.flatten(param_shapes(model).get('reducer', {}))
+  there = optim.flatten(params.get('reducer', {}))
+  for path, wanted in here.items():
+    found = tuple(there[path].shape) if path in there else None
+    if found != wanted.shape:
+      raise UserError(
+        f'{source}: reducer/{path} has the shape {found}, but the method that is named there wants {wanted.shape} '
+        '(None: missing); export the model again'
+      )
+
+
 def from_run(folder: str, config: EncoderConfig, labels: Sequence[str]) -> dict[str, Any]:
   """The parameters that another run exported; those of the encoder alone where it was for other labels.
 

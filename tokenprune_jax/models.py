@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import importlib
+import numbers
 import pkgutil
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,11 +33,13 @@ def method_names() -> list[str]:
   return sorted(module.name for module in pkgutil.iter_modules(reducers.__path__))
 
 
-def make_reducer(spec: Mapping) -> Reducer:
+def make_reducer(spec: Any) -> Reducer:
   """The reducer of a config: {'name': 'fuzzy', field: value, …}; a chain has a list of such specs under 'reducers'.
 
   Raises UserError on an unknown method or field, or a value of another type.
   """
+  if not isinstance(spec, Mapping):
+    raise UserError(f"a reducer is {spec!r}; expected {{'name': …}} with its settings")
   fields = dict(spec)
   name = fields.pop('name', None)
   if name not in method_names():
@@ -45,7 +49,7 @@ def make_reducer(spec: Mapping) -> Reducer:
   for key in fields:
     if key not in known:
       raise UserError(f'reducer {name!r} has no setting {key!r}; there {_guess(key, list(known))}')
-  return method(**{key: _value(name, key, value, known[key].default) for key, value in fields.items()})
+  return method(**{key: _value(name, key, value, known[key]) for key, value in fields.items()})
 
 
 def whole_spec(spec: Mapping) -> dict:
@@ -69,12 +73,12 @@ def tuples(value: Any) -> Any:
   return {key: tuples(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
-def _value(method: str, key: str, value, default):
+def _value(method: str, key: str, value, field: dataclasses.Field):
   if key == 'reducers':
     return tuple(make_reducer(spec) for spec in value)
-  if isinstance(default, tuple):
-    return tuples(value)
-  wanted = type(default)
+  if isinstance(field.default, tuple):
+    return _entries(method, key, value, (*typing.get_args(field.type), Any)[0])
+  wanted = type(field.default)
   if wanted is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
@@ -82,6 +86,16 @@ def _value(method: str, key: str, value, default):
       f'reducer {method!r}: {key} is {value!r}, a {type(value).__name__}; a {wanted.__name__} was expected'
     )
   return value
+
+
+def _entries(method: str, key: str, value, wanted: Any) -> tuple:
+  """The entries of a list or tuple, all of the kind `wanted` where that is a kind of number."""
+  kind = {int: numbers.Integral, float: numbers.Real}.get(wanted, object)
+  whole = isinstance(value, (list, tuple))
+  if not whole or not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value):
+    several = '' if kind is object else f' of {wanted.__name__}s'
+    raise UserError(f'reducer {method!r}: {key} is {value!r}; a list{several} was expected')
+  return tuples(value) if kind is object else tuple(wanted(entry) for entry in value)
 
 
 @struct.dataclass
@@ -173,7 +187,9 @@ class Classifier(nn.Module):
       )
     if self.readout not in self.reducer.readouts():
       raise UserError(
-        f'task.readout is {self.readout!r}, but this method leaves tokens for {", ".join(self.reducer.readouts())} only'
+        f'task.readout is {self.readout!r}, but this method leaves tokens for {", ".join(self.reducer.readouts())} only; '
+        'the run that it starts from has to be trained with that too: --config.task.readout='
+        + self.reducer.readouts()[0]
       )
     if self.readout == 'tokens' and self.head != 'linear':
       raise UserError(

@@ -12,12 +12,14 @@ The parameters of a model, whatever its family or method (kernels [in out], tabl
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenprune_jax import model_files, random_model, sources
+from tokenprune_jax import families, model_files, random_model, sources
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.export import Exported, export, load_exported
 
-__all__ = ['Exported', 'Pretrained', 'export', 'load', 'load_exported']
+__all__ = ['Exported', 'Pretrained', 'depth_of', 'export', 'load', 'load_exported']
+
+DEPTHS = {'minilm-l6': 6, 'mpnet-base': 12}  # of the packages, wherever they are not installed
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ def load(
   if depth is not None:
     config, params = _shorten(config, params, depth)
   return Pretrained(config, params, tokenizer, source)
+
+
+def depth_of(source: str) -> int:
+  """How many layers an encoder has, from its config.json alone; source: as for `load`. Raises UserError as that does."""
+  if source in DEPTHS:
+    return DEPTHS[source]
+  if source.startswith('random:'):
+    return random_model.parse(source)[1]['layers']
+  file = sources.locate(source) / 'config.json'
+  return families.read_config(model_files.read_json(file), str(file)).depth
 
 
 def _override(config, dropout, attention_dropout, dtype):

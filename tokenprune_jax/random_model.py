@@ -46,7 +46,7 @@ _SPECIAL |= {'distilbert': _SPECIAL['bert'], 'mpnet': _SPECIAL['roberta']}
 
 def make(source: str) -> tuple[EncoderConfig, dict[str, Any], Any]:
   """(config, params, tokenizer) of a 'random:…' source, equal for equal text. UserError on a wrong one."""
-  family, numbers = _parse(source)
+  family, numbers = parse(source)
   special = _SPECIAL[family]
   pad_id = list(special).index('pad_token')
   offset = pad_id + 1 if family in ('roberta', 'mpnet') else 0
@@ -70,7 +70,8 @@ def make(source: str) -> tuple[EncoderConfig, dict[str, Any], Any]:
   )
 
 
-def _parse(source: str) -> tuple[str, dict[str, int]]:
+def parse(source: str) -> tuple[str, dict[str, int]]:
+  """(family, the numbers of DEFAULTS) of a 'random:…' source. Raises UserError on a wrong one."""
   _, family, text = (*source.split(':', 2), '')[:3]
   if family not in families.FAMILIES:
     known = ', '.join(families.FAMILIES)

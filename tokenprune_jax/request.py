@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenprune_jax.data.tokenise import text_problem
 from tokenprune_jax.errors import UserError
 
 
@@ -61,15 +62,13 @@ class Reader(NamedTuple):
   encode: Callable[..., Sequence[Any]] | None
   words: bool = False
 
-  def read(self, given: Any, controls: Mapping[str, float]) -> Request:
+  def read(self, given: Any, controls: Mapping[str, Any]) -> Request:
     """A request of token ids, {'ids', 'words'}, a text or a pair of texts. Raises UserError for anything else."""
     unknown = sorted(set(controls) - set(self.controls))
     if unknown:
       known = ', '.join(self.controls) or 'none'
       raise UserError(f'unknown control {unknown[0]!r}; the server was made with: {known}.')
-    values = {**self.controls, **controls}
-    if not all(np.isfinite(value) for value in values.values()):
-      raise UserError(f'controls are {values}; expected finite numbers.')
+    values = {**self.controls, **checked_controls(controls)}
     words = None
     if isinstance(given, Mapping):
       given, words = self.with_words(given)
@@ -104,6 +103,9 @@ class Reader(NamedTuple):
     """(ids, types, tokens cut off) of a text or a pair."""
     if len(texts) > 2 or not all(isinstance(part, str) for part in texts):
       raise UserError(f'the request is {texts!r:.60}; expected one text, a pair of texts, or token ids.')
+    for problem in map(text_problem, texts):
+      if problem:
+        raise UserError(f'the request holds a text that cannot be read: {problem}.')
     if not all(part.strip() for part in texts):
       raise UserError('the request holds an empty text; expected some words.')
     if self.encode is None:
@@ -128,6 +130,17 @@ class Reader(NamedTuple):
         f'the request holds token id {wrong}; the model has the ids 0 to {self.vocabulary - 1}.'
       )
     return ids.astype(np.int32)
+
+
+def checked_controls(controls: Mapping[str, Any]) -> dict[str, float]:
+  """The controls as numbers. Raises UserError for what is none, or is not finite."""
+  try:
+    found = {name: float(value) for name, value in controls.items()}
+  except (TypeError, ValueError):
+    found = {'': np.nan}
+  if not all(map(np.isfinite, found.values())):
+    raise UserError(f'controls are {dict(controls)}; expected finite numbers.')
+  return found
 
 
 def as_array(given: Any) -> np.ndarray:

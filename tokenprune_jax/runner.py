@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenprune_jax import data, evaluate, models, pretrained
+from tokenprune_jax import data, evaluate, initial, models, pretrained
 
 SHORTEST = 32  # slots of the smallest batch shape; the others double it
 
@@ -24,6 +24,7 @@ class Runner:
       exported.config, models.make_reducer(exported.reducer_spec), len(exported.labels), exported.readout,
       exported.head, executor,
     ).check()  # fmt: skip
+    initial.check_reducer(self.model, exported.params, 'the exported model')
     self.params = jax.device_put(exported.params)
     self.forward = jax.jit(functools.partial(forward, self.model))
     self.masked = jax.jit(functools.partial(forward, self.model.clone(executor='mask')))

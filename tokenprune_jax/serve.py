@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenprune_jax import flops
+from tokenprune_jax import flops, specs
 from tokenprune_jax.buckets import Buckets, Place
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.ladder import COARSE, LENGTHS, Ladder
 from tokenprune_jax.models import Classifier
-from tokenprune_jax.request import Answer, Reader, Request
+from tokenprune_jax.request import Answer, Reader, Request, checked_controls
 from tokenprune_jax.segments import Bucket, Programs, Report, State
 
 STARTED = 2  # batches whose results were not read yet: the host works while the device does
@@ -58,8 +58,9 @@ class Server:
 
   ladder: the shapes. queue: requests that may wait. encode: (texts, second texts or None) -> [(encoding, tokens cut off)],
   as `data.Encoder`; without it requests are token ids. controls: {name: default} of the method's controls that a request
-  may set. labels: names of the classes. Raises UserError where the ladder is none. Where the method decides by words
-  (`Reducer.needs_words`), a request is {'ids': …, 'words': the number of the word that each token is a piece of, or -1}.
+  may set. labels: names of the classes. Where the method decides by words (`Reducer.needs_words`), a request is {'ids': …,
+  'words': the number of the word that each token is a piece of, or -1}. Raises UserError where the ladder is none, and for
+  a control that the method has not.
   """
 
   def __init__(
@@ -70,12 +71,15 @@ class Server:
     ladder: Ladder | None = None,
     queue: int = 256,
     encode: Callable[..., Sequence[Any]] | None = None,
-    controls: Mapping[str, float] | None = None,
+    controls: Mapping[str, Any] | None = None,
     labels: Sequence[str] = (),
   ):
     if queue < 1:
       raise UserError(f'queue is {queue}; it is how many requests may wait, 1 or more.')
-    config, controls = model.config, dict(controls or {})
+    config, known = model.config, specs.controls(model.reducer)
+    if unknown := sorted(set(controls or {}) - set(known)):
+      raise UserError(f'unknown control {unknown[0]!r}; this method has: {", ".join(known) or "none"}.')
+    controls = checked_controls(controls or {})
     self.labels = tuple(labels)
     self.model, self.queue, self.words = model, queue, model.reducer.needs_words()
     self.ladder = (ladder or Ladder(COARSE if self.words else LENGTHS)).settled(config.max_length)
@@ -95,7 +99,7 @@ class Server:
 
   # ------------------------------------------------------------------------------------------------ For callers
   def submit(
-    self, request: Any, controls: Mapping[str, float] | None = None, *, wait: bool = False
+    self, request: Any, controls: Mapping[str, Any] | None = None, *, wait: bool = False
   ) -> concurrent.futures.Future:
     """A future of the request's Answer. request: token ids, a text or a pair of texts, or ids with their words (see above).
 
@@ -116,7 +120,7 @@ class Server:
     return made.future
 
   def map(
-    self, requests: Iterable[Any], controls: Mapping[str, float] | None = None, *, on_error: str = 'raise'
+    self, requests: Iterable[Any], controls: Mapping[str, Any] | None = None, *, on_error: str = 'raise'
   ) -> Iterator[Answer | UserError]:
     """The answers in the order of the requests, which are read as there is room.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tokenprune_jax import data, initial, optim, predict, pretrained, sharding, stages, tasks, writer
+from tokenprune_jax import data, initial, optim, predict, pretrained, sharding, stages, tasks, workdir, writer
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, make_reducer
 
@@ -46,6 +46,7 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
       f'config.task.constrained is True, but the tags of {dataset.name} mark no spans: {", ".join(dataset.labels[:8])}; '
       'set it to False.'
     )
+  sharding.on_first(lambda: workdir.settle_data(folder, dataset.identity()))
   writer.say(dataset.describe())
   buckets = (*(length for length in config['data']['buckets'] if length < max_length), max_length)
   out = sharding.on_first(lambda: writer.MetricsWriter(folder))

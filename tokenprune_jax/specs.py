@@ -1,6 +1,7 @@
 """What a reducer is made from, as data: {'name': method, field: value}; a chain's has those of its members in 'reducers'."""
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from tokenprune_jax import reducers
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import whole_spec
+from tokenprune_jax.reducer import Reducer
 
 # Fields that the executor `mask` does not read.
 CAPACITIES = ('capacities', 'capacity_batch', 'batch_capacities', 'overflow_rate')
@@ -96,6 +98,12 @@ def sharers(spec: Mapping[str, Any]) -> list[str]:
   return [name for name in names(spec) if hasattr(module(name).Method, 'capacity_batch')]
 
 
+def controls(reducer: Reducer) -> tuple[str, ...]:
+  """What a request may set of a method, and of the members of a chain: what their files name in CONTROLS."""
+  own = getattr(sys.modules[type(reducer).__module__], 'CONTROLS', {})
+  return (*own.values(), *(name for member in getattr(reducer, 'reducers', ()) for name in controls(member)))
+
+
 def by_controls(
   spec: Mapping[str, Any], known: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], dict[str, float]]:
@@ -107,11 +115,11 @@ def by_controls(
   ours, others = members(whole_spec(spec)), members(whole_spec(known))
   if [own['name'] for own in ours] != [other['name'] for other in others]:
     return spec, {}
-  controls: dict[str, float] = {}
+  asked: dict[str, float] = {}
   for own, theirs in zip(ours, others):
     names = getattr(module(own['name']), 'CONTROLS', {})
     changed = {field for field in own if field != 'reducers' and own[field] != theirs[field]}
-    if changed - {*names, *CAPACITIES} or set(controls) & set(names.values()):
+    if changed - {*names, *CAPACITIES} or set(asked) & set(names.values()):
       return spec, {}
-    controls |= {control: own[field] for field, control in names.items()}
-  return known, controls
+    asked |= {control: own[field] for field, control in names.items()}
+  return known, asked

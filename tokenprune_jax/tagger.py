@@ -45,9 +45,9 @@ class Tagger(Runner):
     """The tokenizer, with its length."""
     return windows.WordEncoder(self.tokenizer, self.max_length)
 
-  def split(self, given: Sequence[Any]) -> data.Split:
-    """Sentences as windows. Raises UserError as `predict` does."""
-    units = [[sentence] for sentence in checked_sentences(given)]
+  def split(self, given: Sequence[Any], first: int = 1) -> data.Split:
+    """Sentences as windows. Raises UserError as `predict` does, which numbers them from `first`."""
+    units = [[sentence] for sentence in checked_sentences(given, first)]
     return windows.encode_sentences(units, self.encoder, self.labels, 'plain', OPTIONS)
 
   def answer(self, split: data.Split, probabilities: Sequence[np.ndarray]) -> list[Tagged]:
@@ -119,13 +119,18 @@ class TagServer:
   def __init__(self, tagger: Tagger, server: serve.Server):
     self.tagger, self.server = tagger, server
 
-  def map(self, given: Iterable[Any], controls: Mapping[str, float] | None = None) -> Iterator[Tagged]:
+  def map(self, given: Iterable[Any], controls: Mapping[str, Any] | None = None) -> Iterator[Tagged]:
     """The answers in the order of the sentences, which are read as there is room. Raises UserError as `Tagger.predict`."""
     waiting: collections.deque[data.Split] = collections.deque()
+    refused: list[UserError] = []
 
     def requests() -> Iterator[dict[str, np.ndarray]]:
-      for sentence in given:
-        split = self.tagger.split([sentence])
+      for number, sentence in enumerate(given, 1):
+        try:
+          split = self.tagger.split([sentence], number)
+        except UserError as error:  # raised when its turn comes
+          refused.append(error)
+          return
         assert split.word_of is not None
         waiting.append(split)
         for i in range(len(split)):
@@ -136,6 +141,8 @@ class TagServer:
       split = waiting.popleft()
       rest = itertools.islice(answers, len(split) - 1)
       yield from self.tagger.answer(split, [one.probabilities for one in (answer, *rest)])
+    if refused:
+      raise refused[0]
 
   def precompile(self) -> int:
     """As `Server.precompile`."""
@@ -152,12 +159,12 @@ class TagServer:
     self.close(cancel=error is not None)
 
 
-def checked_sentences(given: Sequence[Any]) -> list[Sentence]:
-  """Sentences of words without tags. Raises UserError as `Tagger.predict` says."""
+def checked_sentences(given: Sequence[Any], first: int = 1) -> list[Sentence]:
+  """Sentences of words without tags, numbered from `first`. Raises UserError as `Tagger.predict` says."""
   if isinstance(given, str):
     raise UserError('predict was given one string; expected a list of sentences. Write predict([sentence]).')
   found = []
-  for number, words in enumerate(given, 1):
+  for number, words in enumerate(given, first):
     words = words.split() if isinstance(words, str) else words
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
       raise UserError(f'sentence number {number} is {words!r:.60}; expected a list of words, or a string.')

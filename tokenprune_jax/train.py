@@ -199,7 +199,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   # -------------------------------------------------------------------------------------------------- Loop
   saved_step = -1 if found is None else position.step
   while True:
-    boundary = position.step % validate_every == 0 or position.step == steps
+    boundary = position.step % validate_every == 0 or position.step >= steps
     if boundary and position.validated < position.step:
       recorder.settle()
       values = None
@@ -218,7 +218,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
       place = checkpoints.path(position.total)
       writer.say(f'stopped, and saved in {place}; the same command goes on from there')
       raise Stopped(stop.number)
-    if position.step == steps or 0 < options['patience'] <= position.worse:
+    if position.step >= steps or 0 < options['patience'] <= position.worse:
       break
     if 0 < position.step != saved_step and position.step % config['checkpoint']['every'] == 0:
       save()

@@ -100,13 +100,34 @@ def settle_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
   """
   path = folder / 'config.json'
   earlier = read_json(path)
-  learned = any(folder.glob('checkpoints/*/*')) or any(folder.glob('stages/*'))
-  if earlier is not None and learned:
+  if earlier is not None and is_learned(folder):
     refuse_differences(path, earlier, config)
     earlier = settings.filled_in(earlier)
     if any(key.startswith('eval.') for key in settings.differences(earlier, config)):
       (folder / 'result.json').unlink(missing_ok=True)
   write_json(path, config)
+
+
+def settle_data(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
+  """Writes data.json (`data.Dataset.identity`), or compares with that of what is there.
+
+  Raises UserError naming what differs, unless nothing is there that was learned.
+  """
+  path = folder / 'data.json'
+  earlier = read_json(path)
+  if earlier is not None and is_learned(folder):
+    changed = [name for name in identity if earlier.get(name) != identity[name]]
+    if changed:
+      rows = '; '.join(f'{name} was {earlier.get(name)} and is now {identity[name]}' for name in changed)
+      raise UserError(
+        f'{path} is of other data: {rows}. Put the files back that this run began with, or choose another --workdir.'
+      )
+  write_json(path, identity)
+
+
+def is_learned(folder: pathlib.Path) -> bool:
+  """Whether a run has left anything that it would go on from."""
+  return any(folder.glob('checkpoints/*/*')) or any(folder.glob('stages/*'))
 
 
 def whole(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -30,6 +30,14 @@ class Dataset:
   bad_rows: tuple[str, ...]  # what was wrong with the first of those
   repaired: int = 0  # tagged sentences that were against their scheme
 
+  def identity(self) -> dict[str, Any]:
+    """What a model learns from, to be known again: the labels, and of the splits for training and validation a digest."""
+    learned = {name: self.splits[name] for name in ('train', 'valid')}
+    return {
+      'labels': list(self.labels),
+      **{name: {'examples': len(split), 'digest': split.digest()} for name, split in learned.items()},
+    }
+
   def describe(self) -> str:
     """Sizes, documents cut and by how much, and what was dropped: some lines for a person."""
     classes = ', '.join(self.labels[:8]) + (', …' if len(self.labels) > 8 else '')

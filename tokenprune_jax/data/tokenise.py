@@ -83,6 +83,13 @@ class Split:
   def __len__(self) -> int:
     return len(self.label)
 
+  def digest(self) -> str:
+    """Of all tokens and labels."""
+    found = hashlib.blake2b(digest_size=16)
+    for values in (self.encoded.tokens, self.encoded.token_types, self.encoded.starts, self.label, self.tags):
+      found.update(b'' if values is None else np.ascontiguousarray(values).tobytes())
+    return found.hexdigest()
+
   def ids(self, i: int) -> Int[np.ndarray, ' n']:
     """Token ids of example i, special tokens included, without padding."""
     return self.encoded.tokens[self.place(i)]

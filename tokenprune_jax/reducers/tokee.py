@@ -41,7 +41,7 @@ from tokenprune_jax.tokens import Tokens, empty_rows, live
 READOUT = 'tokens'  # what the shared tests read out
 TINY: dict = {'layers': (1, 2, 3), 'threshold': 0.95, 'upper': 1.02, 'window': 3}
 NEUTRAL: dict = {'layers': (1, 2), 'threshold': 0.0}
-CONTROLS = {'threshold': 'exit_threshold'}
+CONTROLS = {'threshold': 'exit_threshold', 'window': 'exit_window'}
 LEVELS = ('token', 'sentence')
 POOLS = ('max', 'mean')
 COPIED = ('all', 'first')
