@@ -264,7 +264,9 @@ def break_even(rows: Sequence[dict[str, Any]]) -> str:
     slow = [row['length'] for row in mine if row['time_ratio'] <= 1]
     fast = [row['length'] for row in mine if row['length'] > max(slow, default=0)]
     macs = f'{min(row["mac_ratio"] for row in mine):.2f} to {max(row["mac_ratio"] for row in mine):.2f}'
-    lines.append((method, dtype, macs, f'from {fast[0]} tokens' if fast else f'at none up to {slow[-1]}'))
+    some = ', '.join(str(row['length']) for row in mine if row['time_ratio'] > 1)
+    told = f'from {fast[0]} tokens on' if fast else f'at {some or "none"} up to {slow[-1]}'
+    lines.append((method, dtype, macs, told))
   return f'\n{report.table(lines)}'
 
 

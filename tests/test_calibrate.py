@@ -1,6 +1,7 @@
 """A trained model set to a budget or an accuracy."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def calibration(run):
 def test_a_model_is_set_to_a_budget_and_written_beside_the_run(run, capsys):
   before = pretrained.load_exported(run / 'model')
   assert calibrate.main([f'--run={run}', '--macs=0.6']) == 0
-  assert 'MACs 0.6' in capsys.readouterr().err
+  [macs] = re.findall(r'MACs ([\d.]+)  accuracy', capsys.readouterr().err)
+  assert float(macs) == pytest.approx(0.6, abs=0.01)
   found = pretrained.load_exported(run / 'calibrated')
   assert found.reducer_spec['shares'] != before.reducer_spec['shares']
   np.testing.assert_array_equal(

@@ -138,3 +138,5 @@ def test_a_long_text_is_cut_and_other_texts_are_refused(tmp_path):
   assert (tmp_path / 'a.png').stat().st_size < 200_000
   with pytest.raises(UserError, match='one text'):
     layer_picture.write_layers({'a': reading(3), 'b': reading(4)}, str(tmp_path / 'b.png'))
+  with pytest.raises(UserError, match='no words to draw'):
+    layer_picture.write_layers({'a': reading(0)}, str(tmp_path / 'b.png'))

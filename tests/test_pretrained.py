@@ -404,6 +404,7 @@ def test_the_depth_of_any_source_is_known_without_its_weights(tmp_path):
     'n_heads': 2,
     'hidden_dim': 32,
     'vocab_size': 50,
+    'max_position_embeddings': 64,
   }
   (tmp_path / 'config.json').write_text(json.dumps(raw))
   given = ('minilm-l6', 'mpnet-base', 'random:bert:layers=5', str(tmp_path))

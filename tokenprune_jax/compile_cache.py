@@ -3,7 +3,7 @@
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from tokenprune_jax.data import cache_dir
+from tokenprune_jax.sources import cache_dir
 
 WORTH_KEEPING = 0.1  # seconds of compiling; JAX's default of 1 would leave out most programs of a ladder
 

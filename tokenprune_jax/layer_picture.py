@@ -67,7 +67,9 @@ def heading(words: Sequence[Word], title: str) -> float:
 
 
 def shares(reading: Reading) -> np.ndarray:
-  """[layers words] share of heads that see a word; layers that see no word are left out."""
+  """[layers words] share of heads that see a word; layers that see none are left out. Raises UserError without any word."""
+  if not reading.words:
+    raise UserError(f'the text {reading.text!r:.40} has no words to draw')
   return np.array([word.shares for word in reading.words]).T
 
 

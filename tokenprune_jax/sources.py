@@ -37,7 +37,7 @@ HUB_TIMEOUT = 5.0  # seconds for the hub's first answer
 
 
 def cache_dir() -> Path:
-  """The folder for what is unpacked once: TOKENPRUNE_CACHE, else tokenprune_jax in the user's XDG cache."""
+  """Where datasets, tokens, weights and programs are kept: TOKENPRUNE_CACHE, or tokenprune_jax in the user's XDG cache."""
   if chosen := os.environ.get('TOKENPRUNE_CACHE'):
     return Path(chosen).expanduser()
   return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'tokenprune_jax'

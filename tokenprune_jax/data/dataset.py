@@ -87,13 +87,6 @@ class Usable:
     return Usable(self.places[indices], [self.keys[i] for i in indices], self.labels[indices])
 
 
-def cache_dir() -> Path:
-  """Where datasets and tokens are kept: $TOKENPRUNE_CACHE, or tokenprune_jax in the user's cache folder."""
-  chosen = os.environ.get('TOKENPRUNE_CACHE')
-  home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-  return Path(chosen) if chosen else Path(home) / 'tokenprune_jax'
-
-
 def load(
   spec: Mapping[str, Any], tokenizer: Any, max_length: int, cache_dir: str | os.PathLike, *, seed: int
 ) -> Dataset:
