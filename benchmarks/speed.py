@@ -265,7 +265,7 @@ def break_even(rows: Sequence[dict[str, Any]]) -> str:
     fast = [row['length'] for row in mine if row['length'] > max(slow, default=0)]
     macs = f'{min(row["mac_ratio"] for row in mine):.2f} to {max(row["mac_ratio"] for row in mine):.2f}'
     some = ', '.join(str(row['length']) for row in mine if row['time_ratio'] > 1)
-    told = f'from {fast[0]} tokens on' if fast else f'at {some or "none"} up to {slow[-1]}'
+    told = f'from {fast[0]} tokens on' if fast else f'at {some or "none"}, not at {slow[-1]}'
     lines.append((method, dtype, macs, told))
   return f'\n{report.table(lines)}'
 
