@@ -84,8 +84,8 @@ def test_break_even_is_the_length_from_which_on_a_method_stays_faster():
   rows = [point('a', 1, n, ratio) for n, ratio in ((16, 1.2), (32, 0.9), (64, 1.1), (128, 1.4))]
   rows += [point('b', 1, n, 0.8) for n in (16, 32)] + [point('dense_whole', 1, 16, 1.0), point('c', 8, 16, 2)]
   text = speed.break_even(rows)
-  assert '| a | float32 | 0.50 to 0.50 | from 64 tokens |' in text
-  assert '| b | float32 | 0.50 to 0.50 | at none up to 32 |' in text and '| c |' not in text
+  assert '| a | float32 | 0.50 to 0.50 | from 64 tokens on |' in text
+  assert '| b | float32 | 0.50 to 0.50 | at none, not at 32 |' in text and '| c |' not in text
   assert speed.break_even([point('c', 8, 16, 2)]) == ''
 
 
