@@ -30,7 +30,7 @@ COMBINE = {'name': 'combine', 'slots': 8, 'spread': 1.0, 'noise': 1.0, 'scale': 
 VARIANTS = ('dense', 'p', 'pf', 'c_late', 'c_early', 'pfc_late', 'pfc_early')
 
 
-def reducer(variant: str, depth: int) -> dict:
+def reducer(variant: str, weights: str) -> dict:
   """The reducer of a variant. Raises UserError for one that does not exist."""
   if variant not in VARIANTS:
     raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(VARIANTS)}')
@@ -40,6 +40,7 @@ def reducer(variant: str, depth: int) -> dict:
   prune = {**FUZZY, 'rule': 'rank' if method == 'p' else 'protect'}
   if not when:
     return prune
+  depth = pretrained.depth_of(weights)
   layer = depth - 1 if when == 'late' else round(7 / 12 * depth)
   combine = {**COMBINE, 'layer': max(layer, 2)}  # the first cannot be replaced
   return combine if method == 'c' else {'name': 'chain', 'reducers': (prune, combine)}
@@ -66,7 +67,7 @@ def get_config(argument: str = 'pfc_late') -> ml_collections.ConfigDict:
     'valid_limit': 500,
     'test_limit': 2000,
   }
-  config['reducer'] = reducer(variant, pretrained.depth_of(weights))
+  config['reducer'] = reducer(variant, weights)
   config['optimizer'] |= {
     'learning_rate': learning_rate(variant, weights),
     'groups': (('head/.*|reducer/.*', 10.0),),

@@ -63,7 +63,7 @@ def fixed_counts(
   that the validated model runs at: what it costs there beside these counts alone, as by other methods of a chain or by
   what is read of the maps, is taken for a share that stays. Raises UserError where even a factor of 0 costs more.
   """
-  lengths, (run, reached) = validation.lengths(), validation.measured()
+  lengths, (run, reached) = validation.lengths(), validation.measured({})
 
   def counted(factor):
     return of_counts(validation.encoder, lengths, left(lengths, factor)[:, run])

@@ -175,13 +175,13 @@ class Calibration:
 
   def whole(self) -> Setting:
     """The setting at which the method that a budget sets does nothing. Raises UserError where there is no such method."""
-    able = [spec for spec in specs.members(self.wanted) if hasattr(specs.module(spec['name']), 'at_budget')]
-    file = specs.module(able[-1]['name']) if able else None
+    _, member = stages.settable(self.wanted)
+    file = specs.module(member['name'])
     if not hasattr(file, 'idle'):
       return self.at(1.0)
-    idle = file.idle(able[-1])
+    idle = file.idle(member)
     fields = {field: idle[control] for field, control in file.CONTROLS.items() if control in idle}
-    return self.measured(specs.with_handed_on(self.wanted, {able[-1]['name']: fields}))
+    return self.measured(specs.with_handed_on(self.wanted, {member['name']: fields}))
 
   def time_of(self, spec: Mapping[str, Any]) -> float:
     """Seconds an example as a share of dense's, on some of the sample's batches, in turns."""

@@ -62,20 +62,17 @@ class Validation(NamedTuple):
       found, weight = jax.device_get((cost(given), batch['weight']))
       yield Cost(*(values[weight > 0] for values in found)), batch
 
-  def measured(self) -> tuple[np.ndarray, float]:
-    """(which layers run [L] bool, multiply-adds as a share of dense's), of the model as it stands."""
-    found = [cost for cost, _ in self.costs({})]
-    rows, macs, dense = (
-      sum(getattr(cost, name).sum(0) for cost in found) for name in ('rows', 'macs', 'dense_macs')
-    )
-    return rows > 0, float(macs / dense)
+  def measured(self, controls: Mapping[str, float]) -> tuple[np.ndarray, float]:
+    """(which layers run [L] bool, multiply-adds of the split as a share of dense's)."""
+    rows, total = np.zeros(()), np.zeros(2)
+    for cost, _ in self.costs(controls):
+      rows = rows + cost.rows.sum(0)
+      total += [cost.macs.sum(), cost.dense_macs.sum()]
+    return rows > 0, float(total[0] / total[1])
 
   def mac_ratio(self, controls: Mapping[str, float]) -> float:
     """Multiply-adds of the split as a share of dense's."""
-    total = np.zeros(2)
-    for cost, _ in self.costs(controls):
-      total += [cost.macs.sum(), cost.dense_macs.sum()]
-    return float(total[0] / total[1])
+    return self.measured(controls)[1]
 
   def capacities(
     self,

@@ -80,6 +80,14 @@ def check_capacities(capacities: Sequence[float], overflow_rate: float, depth: i
     check_shares('reducer.capacities', capacities, depth)
 
 
+def check_exits(layers: Sequence[int], depth: int) -> None:
+  """Raises UserError unless exits stand behind different layers below the last, in their order."""
+  if not all(1 <= l < depth for l in layers):
+    raise UserError(f'reducer.layers is {layers}; an exit stands behind one of the layers 1 to {depth - 1}')
+  if list(layers) != sorted(set(layers)):
+    raise UserError(f'reducer.layers is {layers}; expected different layers in their order')
+
+
 def check_batch_capacities(batch_capacities: Sequence[Any], capacity_batch: int, depth: int) -> None:
   """Raises UserError for a method's fields of these names."""
   if type(capacity_batch) is not int or capacity_batch < 0:

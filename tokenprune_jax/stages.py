@@ -132,12 +132,17 @@ def at_budget(spec: Mapping[str, Any], target: float, validation: Validation) ->
     raise UserError(
       f'the budget is {target}; it is a share of the dense multiply-adds, above 0 and at most 1'
     )
+  path, member = settable(spec)
+  found = module(member['name']).at_budget(member, target, validation.of(path))
+  return with_handed_on(spec, {member['name']: found})
+
+
+def settable(spec: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+  """(where its parameters lie, spec) of what a budget sets: in a chain the last member that can be. Raises UserError."""
   able = [(path, member) for path, member in placed(spec) if hasattr(module(member['name']), 'at_budget')]
   if not able:
     raise UserError(f'{spec["name"]} cannot be set by a budget: it has no setting for its cost')
-  path, member = able[-1]
-  found = module(member['name']).at_budget(member, target, validation.of(path))
-  return with_handed_on(spec, {member['name']: found})
+  return able[-1]
 
 
 def reducer_spec(

@@ -237,12 +237,7 @@ class Method(Reducer):
   overflow_rate: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
-    if not all(1 <= l < depth for l in self.layers):
-      raise UserError(
-        f'reducer.layers is {self.layers}; an exit stands behind one of the layers 1 to {depth - 1}'
-      )
-    if list(self.layers) != sorted(set(self.layers)):
-      raise UserError(f'reducer.layers is {self.layers}; expected different layers in their order')
+    schedule.check_exits(self.layers, depth)
     for key, value, choices in (
       ('head', self.head, exit_heads.HEADS),
       ('criterion', self.criterion, tuple(NEVER)),

@@ -148,6 +148,7 @@ class Method(Reducer):
     stay |= valid & tokens.protected[:, None, :n]
     if stay.shape[1] == 1:
       stay, scores = stay[:, 0], scores[:, 0]
+    assert evidence.layers is not None
     room = None if tokens.moved else self.capacity(layer, evidence.layers, n)
     return leave(tokens, stay, scores, 'unseen', room), {**memory, 'fuzzy_count': counts}
 
@@ -161,11 +162,11 @@ class Method(Reducer):
     assert score is not None  # `reads` asked for it
     return score.mean(1, keepdims=True) if self.head_shared or self.rule in SIMPLE else score
 
-  def capacity(self, layer: int, run: int | None, n: int) -> int | None:
+  def capacity(self, layer: int, run: int, n: int) -> int | None:
     """Input keys of one head in the next layer; None where the rule does not say. run: how many layers have."""
     if self.rule in FIXED:
       count = n
-      for _ in range(run or layer):
+      for _ in range(run):
         count = next_counts(self.ratio, n)[count]
       return count
     return places(self.capacities[layer], n) if layer < len(self.capacities) else None

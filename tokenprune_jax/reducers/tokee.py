@@ -184,12 +184,11 @@ class Method(Reducer):
   overflow_rate: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
-    if not self.layers or not all(1 <= l < depth for l in self.layers):
+    if not self.layers:
       raise UserError(
         f'reducer.layers is {self.layers}; an exit stands behind one of the layers 1 to {depth - 1}'
       )
-    if list(self.layers) != sorted(set(self.layers)):
-      raise UserError(f'reducer.layers is {self.layers}; expected different layers in their order')
+    schedule.check_exits(self.layers, depth)
     for key, value, choices in (
       ('level', self.level, LEVELS),
       ('criterion', self.criterion, tuple(LIMITS)),
