@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 DEVICES = 8
-STEPS = ('chain',)  # whose training step runs too: most of the time is compiling
+STEPS = ('chain', 'topk')  # whose training step runs too: most of the time is compiling
 COLLECTIVE = re.compile(
   r'= .*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
 )

@@ -56,10 +56,8 @@ def test_capacities_that_batches_share_are_found_with_the_setting(run, tmp_path,
   for one, other in zip(shared, alone):  # what there is no room for is computed again
     assert one['probabilities'] == pytest.approx(other['probabilities'], abs=1e-4)
   whole = calibrate.Calibration(tmp_path / 'run').whole()
-  assert (whole.spec['threshold'], whole.mac_ratio >= 1) == (
-    0.0,
-    True,
-  )  # nobody leaves, though exits cost something
+  # Nobody leaves, though exits cost something.
+  assert whole.spec['threshold'] == 0.0 and whole.mac_ratio >= 1
   capsys.readouterr()
   assert calibrate.main([f'--run={run}', '--macs=0.6', '--batch=4']) == 2
   assert 'topk has no capacities that a batch could share' in capsys.readouterr().err
