@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenprune_jax import optim
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.models import Classifier, make_reducer
 
@@ -84,18 +85,21 @@ def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
 def drawn_params(model, seed):
   """Parameters of a model, one object for all tests that ask for the same."""
   rng = np.random.default_rng(seed + 1)
-  shapes = jax.eval_shape(model.init_params, jax.random.key(seed))
+  initial = jax.jit(lambda key: optim.flatten(model.init_params(key)))
+  shapes = jax.eval_shape(initial, jax.random.key(seed))
+  # Weights are not drawn by their own initialisers: compiling those takes longer than most tests.
+  plain = {'kernel': 0.0, 'bias': 0.0, 'embedding': 0.0, 'scale': 1.0}
+  own = [name for name in shapes if name.startswith('reducer/') and name.split('/')[-1] not in plain]
   start = {}
-  if 'reducer' in shapes:  # those of the encoder are not drawn: compiling that takes longer than most tests
-    start['reducer'] = jax.jit(lambda key: model.init_params(key)['reducer'])(jax.random.key(seed))
+  if own:
+    start = jax.jit(lambda key: {name: initial(key)[name] for name in own})(jax.random.key(seed))
 
-  def value(path, shape):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    own = functools.reduce(lambda tree, key: tree.get(key, {}), name.split('/'), start)
-    base = own if name.startswith('reducer/') else float(name.endswith('scale'))
+  def value(name, shape):
+    base = start[name] if name in start else plain.get(name.split('/')[-1], 0.0)
     return jnp.asarray(base + 0.1 * rng.standard_normal(shape.shape), jnp.float32)
 
-  return jax.tree_util.tree_map_with_path(value, shapes)
+  ordered = sorted(shapes.items(), key=lambda item: item[0].split('/'))
+  return optim.unflatten({name: value(name, shape) for name, shape in ordered})
 
 
 def settings(name, which):
