@@ -22,7 +22,7 @@ TOKEE, EXITS = settings('tokee', 'TINY'), settings('early_exit', 'TINY')
 SPECS = {
   'words': TOKEE,
   'sentences': {**TOKEE, 'level': 'sentence', 'threshold': 0.96},
-  'exits': {**EXITS, 'layers': (1, 2, 3), 'threshold': 0.9},
+  'exits': {**EXITS, 'layers': (1, 2, 3), 'threshold': 0.872},
   'pruned exits': {
     'name': 'chain',
     'reducers': (
