@@ -85,21 +85,23 @@ def model_and_params(spec, config=TINY_CONFIG, seed=0, **kwargs):
 def drawn_params(model, seed):
   """Parameters of a model, one object for all tests that ask for the same."""
   rng = np.random.default_rng(seed + 1)
-  initial = jax.jit(lambda key: optim.flatten(model.init_params(key)))
-  shapes = jax.eval_shape(initial, jax.random.key(seed))
+  initial = jax.jit(model.init_params)
+  shapes = optim.flatten(jax.eval_shape(initial, jax.random.key(seed)))
   # Weights are not drawn by their own initialisers: compiling those takes longer than most tests.
   plain = {'kernel': 0.0, 'bias': 0.0, 'embedding': 0.0, 'scale': 1.0}
   own = [name for name in shapes if name.startswith('reducer/') and name.split('/')[-1] not in plain]
-  start = {}
-  if own:
-    start = jax.jit(lambda key: {name: initial(key)[name] for name in own})(jax.random.key(seed))
+
+  def drawn(key):
+    params = optim.flatten(initial(key))
+    return {name: params[name] for name in own}
+
+  start = jax.jit(drawn)(jax.random.key(seed)) if own else {}
 
   def value(name, shape):
     base = start[name] if name in start else plain.get(name.split('/')[-1], 0.0)
     return jnp.asarray(base + 0.1 * rng.standard_normal(shape.shape), jnp.float32)
 
-  ordered = sorted(shapes.items(), key=lambda item: item[0].split('/'))
-  return optim.unflatten({name: value(name, shape) for name, shape in ordered})
+  return optim.unflatten({name: value(name, shape) for name, shape in shapes.items()})
 
 
 def settings(name, which):
