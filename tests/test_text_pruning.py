@@ -269,7 +269,7 @@ def test_exits_are_a_study_of_their_own(study, tmp_path, monkeypatch):
   assert [line for line in lines if '| 3.25 | 87.5 |' in line][0].startswith('| LTP | 0.4 |')
   rows = list(text_runs.rows(text_runs.PLANS['exits']))
   large = [row for row in rows if row.dataset == 'ag_mpnet']
-  assert [row.name for row in large] == ['dense', 'fastbert', 'pyramid_fastbert'] and large[
+  assert [row.name for row in large] == ['dense', 'fastbert', 'pyramid_states'] and large[
     0
   ].variant == 'dense,mpnet-base'
 
