@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 import os
 import signal
@@ -332,7 +333,9 @@ def test_a_signal_waits_for_the_step_but_interrupts_what_can_be_repeated():
   assert stopping.Stopped(signal.SIGTERM).code == 143
 
 
-def test_progress_elsewhere_than_on_a_terminal_is_a_line_now_and_then():
+def test_progress_elsewhere_than_on_a_terminal_is_a_line_now_and_then(monkeypatch):
+  clock = itertools.count()  # as on a machine that has just started
+  monkeypatch.setattr(writer.time, 'monotonic', lambda: float(next(clock)))
   stream = io.StringIO()
   progress = writer.Progress('tune', 4, stream, seconds=1000.0)
   for step in range(1, 5):

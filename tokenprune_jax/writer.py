@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pathlib
 import sys
@@ -82,7 +83,7 @@ class Progress:
     self.stream = sys.stderr if stream is None else stream
     self.live = self.stream.isatty()
     self.silent = jax.process_index() > 0
-    self.shown = 0.0
+    self.shown = -math.inf  # the clock may have begun at 0 just now
     self.examples, self.spent, self.done = 0.0, 0.0, 0
 
   def update(self, step: int, loss: float, examples: float, seconds: float | None) -> None:
