@@ -80,9 +80,9 @@ def check_capacities(capacities: Sequence[float], overflow_rate: float, depth: i
     check_shares('reducer.capacities', capacities, depth)
 
 
-def check_exits(layers: Sequence[int], depth: int) -> None:
-  """Raises UserError unless exits stand behind different layers below the last, in their order."""
-  if not all(1 <= l < depth for l in layers):
+def check_exits(layers: Sequence[int], depth: int, least: int = 0) -> None:
+  """Raises UserError unless `least` exits or more stand behind different layers below the last, in their order."""
+  if len(layers) < least or not all(1 <= l < depth for l in layers):
     raise UserError(f'reducer.layers is {layers}; an exit stands behind one of the layers 1 to {depth - 1}')
   if list(layers) != sorted(set(layers)):
     raise UserError(f'reducer.layers is {layers}; expected different layers in their order')

@@ -184,11 +184,7 @@ class Method(Reducer):
   overflow_rate: float = 0.0
 
   def check(self, depth: int, heads: int) -> None:
-    if not self.layers:
-      raise UserError(
-        f'reducer.layers is {self.layers}; an exit stands behind one of the layers 1 to {depth - 1}'
-      )
-    schedule.check_exits(self.layers, depth)
+    schedule.check_exits(self.layers, depth, least=1)
     for key, value, choices in (
       ('level', self.level, LEVELS),
       ('criterion', self.criterion, tuple(LIMITS)),
