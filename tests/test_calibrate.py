@@ -55,7 +55,25 @@ def test_capacities_that_batches_share_are_found_with_the_setting(run, tmp_path,
   shared, alone = (model.predict(texts, batch_size=size) for size in (8, 1))
   for one, other in zip(shared, alone):  # what there is no room for is computed again
     assert one['probabilities'] == pytest.approx(other['probabilities'], abs=1e-4)
-  whole = calibrate.Calibration(tmp_path / 'run').whole()
+  calibration = calibrate.Calibration(tmp_path / 'run')
+  # A setting of the method, as it is: all leave at the first exit. A request can have it too.
+  all_leave = calibration.with_setting('threshold=1')
+  assert all_leave.spec['threshold'] == 1.0 and all_leave.mac_ratio < 0.6
+  for given in ('threshold', 'threshold=x', 'head=2'):
+    with pytest.raises(UserError, match='expected NAME=NUMBER, and of early_exit one of threshold'):
+      calibration.with_setting(given)
+  plain = tokenprune_jax.load(tmp_path / 'run')
+  calibration.export(all_leave, tmp_path / 'leaving')
+  set_to, asked = (
+    tokenprune_jax.load(tmp_path / 'leaving'),
+    plain.predict(texts, controls={'exit_threshold': 1.0}),
+  )
+  assert asked == set_to.predict(texts) and asked != plain.predict(texts, controls={'exit_threshold': 0.0})
+  with pytest.raises(UserError, match="unknown control 'threshold'; this method has: exit_threshold"):
+    plain.predict(texts, controls={'threshold': 1.0})
+  with pytest.raises(UserError, match='the control exit_threshold is 1.5'):
+    plain.predict(texts, controls={'exit_threshold': 1.5})
+  whole = calibration.whole()
   # Nobody leaves, though exits cost something.
   assert whole.spec['threshold'] == 0.0 and whole.mac_ratio >= 1
   capsys.readouterr()
@@ -78,6 +96,15 @@ def test_the_cheapest_setting_that_is_good_enough(calibration, monkeypatch, caps
   assert tried <= 4 * 2
   with pytest.raises(UserError, match=r'no setting reaches 99.0%.*the best there is 95.0%, at 1.00'):
     calibration.cheapest(0.99)
+
+
+def test_what_less_alone_reaches_is_found(calibration, monkeypatch):
+  accuracies = {0.2: 0.5, 0.4: 0.9, 0.6: 0.5, 0.8: 0.6, 1.0: 0.7}
+  monkeypatch.setattr(calibrate, 'GRID', (0.2, 0.4, 0.6, 0.8))
+  monkeypatch.setattr(calibration, 'at', lambda b: calibrate.Setting({}, accuracies[b], b))
+  assert calibration.cheapest(0.85).mac_ratio == 0.4
+  with pytest.raises(UserError, match='no setting reaches 95.0% accuracy.*the best there is 90.0%, at 0.40'):
+    calibration.cheapest(0.95)
 
 
 def test_nothing_removed_is_the_dense_model(calibration):
@@ -176,7 +203,11 @@ def test_settings_are_found_on_documents_at_random(run, calibration):
     (['--macs=0.01'], 'the budget is 0.01'),
     (['--macs=2'], 'the budget is 2.0'),
     (['--time=0'], 'the time is 0.0'),
-    (['--accuracy=101'], 'no setting reaches'),
+    (['--accuracy=100'], 'no setting reaches 100.0% accuracy'),
+    (['--accuracy=101'], 'the accuracy to reach is 101%'),
+    (['--accuracy=nan'], 'the accuracy to reach is nan%'),
+    (['--macs=0.5', '--documents=-3'], '--documents is -3'),
+    (['--setting=threshold=0.3'], 'of topk one of none'),
   ],
 )
 def test_what_cannot_be_reached_is_told_in_one_line(run, options, words, capsys, monkeypatch):
@@ -209,4 +240,11 @@ def test_data_with_other_labels_are_refused(run):
   calibration = calibrate.Calibration(run)
   calibration.exported = dataclasses.replace(calibration.exported, labels=('a', 'b', 'c'))
   with pytest.raises(UserError, match='its model has a, b, c'):
+    len(calibration.sample)
+
+
+def test_other_data_than_the_run_s_are_refused(run):
+  calibration = calibrate.Calibration(run)
+  calibration.data['train_limit'] = 30
+  with pytest.raises(UserError, match='data.json is of other data: train was'):
     len(calibration.sample)

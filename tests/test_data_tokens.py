@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import sys
 import threading
 from concurrent import futures
 
@@ -204,3 +205,14 @@ def test_two_runs_at_once_tokenise_once(encode, monkeypatch):
     first, second = [future.result(60) for future in [pool.submit(encode) for _ in range(2)]]
   assert tokenise.encode_all is counting and encode.calls == 1
   np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+def test_threads_may_share_an_encoder(tokenizer):
+  encoder, interval = data.Encoder(tokenizer, 8), sys.getswitchinterval()
+  sys.setswitchinterval(1e-6)
+  try:
+    with futures.ThreadPoolExecutor(8) as pool:
+      found = list(pool.map(lambda _: encoder(['ba be ' * 60]), range(200)))
+  finally:
+    sys.setswitchinterval(interval)
+  assert {(len(encoding), cut) for [(encoding, cut)] in found} == {(8, 114)}

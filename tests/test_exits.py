@@ -293,11 +293,13 @@ def test_objectives():
     assert float(loss) == pytest.approx(expected[name], rel=1e-4), name
 
 
-def test_an_exit_of_its_own_segment_leaves_lower_layers_alone():
+@pytest.mark.parametrize('head', exit_heads.HEADS)
+def test_an_exit_of_its_own_segment_leaves_lower_layers_alone(head):
   batch = jax.tree.map(jnp.asarray, BATCH)
   moved = {}
   for own in (False, True):
-    model, params = model_and_params({'name': 'early_exit', 'layers': (1, 3), 'own_segment': own})
+    spec = {'name': 'early_exit', 'head': head, 'layers': (1, 3), 'own_segment': own}
+    model, params = model_and_params(spec)
 
     def loss(encoder, exit_=1, model=model, params=params):
       output = model.apply({'params': {**params, 'encoder': encoder}}, batch, train=True, rngs=RNGS)

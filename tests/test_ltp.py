@@ -227,6 +227,30 @@ def test_below_what_it_was_trained_for_the_first_layer_that_prunes_gives_more(fi
   assert stages.at_budget({**spec, 'target_macs': 0.0}, trained - 0.1, validation)['floor'] == 0.0
 
 
+def test_a_part_of_a_batch_that_is_all_filler_has_a_loss_and_a_gradient():
+  model, params = model_and_params({'name': 'ltp', 'mode': 'soft', 'target_macs': 0.5})
+  batch = {name: np.zeros_like(values) for name, values in ragged_batch((5, 3), 8).items()}
+
+  def loss(params):
+    return model.apply({'params': params}, jax.tree.map(jnp.asarray, batch), train=True, rngs=RNGS).loss
+
+  value, slopes = jax.value_and_grad(loss)(params)
+  assert np.isfinite(float(value)) and all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(slopes))
+
+
+def test_a_budget_out_of_reach_leaves_the_model_as_it_was_trained(capsys):
+  class Whole(costs.Validation):
+    def mac_ratio(self, controls):
+      return 0.9
+
+    def calibrated(self, fields, count, controls):
+      return {'capacities': (1.0,) * 4}
+
+  spec = {'name': 'ltp', 'target_macs': 0.5, 'scale': 1.0}
+  assert stages.finish(spec, Whole(lambda batch: None, list)) == {'ltp': {'capacities': (1.0,) * 4}}
+  assert 'at least 0.900 of the dense' in capsys.readouterr().err
+
+
 def test_three_stages_meet_the_budget_on_validation(tmp_path):
   wanted = tiny_config(
     reducer={'name': 'ltp', 'target_macs': 0.6, 'weight': 1.0, 'temperature': 5e-3},

@@ -1,6 +1,7 @@
 """The executor `serve`: exact whatever is served together, with nothing lost, no hang and no late compiling."""
 
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import apply, model_and_params, ragged_batch
-from tokenprune_jax import flops, ladder, segments, serve
+from tokenprune_jax import flops, ladder, request, segments, serve
 from tokenprune_jax.errors import UserError
 
 PYRAMID = {
@@ -42,7 +43,7 @@ def pyramid():
   lengths=st.lists(st.integers(1, 16), min_size=1, max_size=12),
   seed=st.integers(0, 5),
   threshold=st.sampled_from([0.0, 0.01, 0.015, 0.02]),
-  exit_threshold=st.sampled_from([0.0, 0.9, 0.95, 2.0]),
+  exit_threshold=st.sampled_from([0.0, 0.9, 0.95, 1.0]),
 )
 def test_every_composition_is_answered_as_by_mask(pyramid, lengths, seed, threshold, exit_threshold):
   server, model, params = pyramid
@@ -77,8 +78,37 @@ def test_words_that_do_not_fit_are_refused(pyramid, request_, words):
 def test_controls_may_differ_within_a_batch(pyramid):
   server, _, _ = pyramid
   request = ragged_batch((12,), 12)['ids'][0]
-  futures = [server.submit(request, {'exit_threshold': value}, wait=True) for value in (0.0, 2.0) * 4]
+  futures = [server.submit(request, {'exit_threshold': value}, wait=True) for value in (0.0, 1.0) * 4]
   assert [future.result().layers for future in futures] == [4, 1] * 4
+
+
+@pytest.mark.parametrize(
+  ('given', 'words'),
+  [
+    ({'exit_threshold': -3}, 'the control exit_threshold is -3.0; it is a share from 0 to 1'),
+    ({'exit_threshold': 50}, 'the control exit_threshold is 50.0'),
+    ({'exit_threshold': np.nan}, 'expected finite numbers'),
+    ({'threshold': -0.1}, 'the control threshold is -0.1'),
+  ],
+)
+def test_controls_out_of_range_are_refused(pyramid, given, words):
+  server, model, params = pyramid
+  with pytest.raises(UserError, match=words):
+    server.submit([5, 6], given)
+  with pytest.raises(UserError, match=words):
+    serve.Server(model, params, controls=given)
+
+
+def test_types_are_those_that_the_model_was_trained_with():
+  pair = SimpleNamespace(ids=[5, 6], type_ids=[0, 1])
+  for has_types, types in ((True, [0, 1]), (False, [0, 0])):
+
+    def encode(texts, pairs=None):
+      return [(pair, 0)]
+
+    encode.has_types = has_types
+    reader = request.Reader(8, 60, {}, encode)
+    assert reader.read(('some text', 'and another'), {}).types.tolist() == types
 
 
 def test_nothing_is_compiled_after_precompile(pyramid):

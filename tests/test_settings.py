@@ -36,7 +36,7 @@ def test_given_values_replace_defaults_and_defaults_stay_unchanged():
     ({'optimizer': 3}, ['config.optimizer', 'dict']),
     ({'seed': 'x'}, ['config.seed', "'x'", 'whole number']),
     ({'seed': True}, ['config.seed']),
-    ({'seed': -1}, ['config.seed', '-1', '0 or more']),
+    ({'seed': -1}, ['config.seed is -1', '0 to 2147483647']),
     ({'eval': {'timing': 1}}, ['config.eval.timing', 'True or False']),
     ({'optimizer': {'learning_rate': -0.1}}, ['config.optimizer.learning_rate']),
     ({'optimizer': {'learning_rate': float('nan')}}, ['config.optimizer.learning_rate']),
@@ -63,6 +63,13 @@ def test_a_wrong_config_is_refused_by_the_name_of_its_key(given, words):
   with pytest.raises(UserError) as error:
     settings.check(given)
   assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_seed_fits_what_it_is_used_as():
+  with pytest.raises(
+    UserError, match='config.seed is 2147483648; expected a whole number from 0 to 2147483647'
+  ):
+    settings.check({'seed': 2**31})
 
 
 def test_a_config_equals_itself_read_back_from_json():

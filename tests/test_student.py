@@ -1,15 +1,17 @@
 """The half-depth student: its loss against a loop, its two stages, and what is refused."""
 
+import json
 import math
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import answers, models, stages, tasks, train
+from tokenprune_jax import answers, initial, models, predict, session, settings, stages, tasks, train
 from tokenprune_jax.errors import UserError
 
 
@@ -67,11 +69,44 @@ def distilled(**changes):
 
 
 def test_a_student_is_distilled_from_the_stage_before(tmp_path):
-  wanted = distilled()
+  wanted = distilled(task__readout='cls', task__head='family')
   outcome = train.run(wanted, tmp_path)
   assert outcome['mac_ratio'] == pytest.approx(0.5, abs=0.01)
+  # Its own layers alone are a model of the family, with the same answers.
+  raw = json.loads((tmp_path / 'student' / 'config.json').read_text())
+  assert raw['num_hidden_layers'] == 2 and raw['architectures'] == ['BertForSequenceClassification']
+  assert not (tmp_path / 'student' / 'tokenprune.safetensors').exists()
+  texts = ['a slow start', 'but what an ending it had']
+  whole, own = (predict.load(tmp_path / name).predict(texts) for name in ('model', 'student'))
+  for reading, other in zip(whole, own, strict=True):
+    assert list(reading['probabilities'].values()) == pytest.approx(
+      list(other['probabilities'].values()), abs=1e-6
+    )
   rows = [row for row in lines(tmp_path, 'train') if row['stage'] == 'distil']
   assert rows[-1]['distil_loss'] < rows[0]['distil_loss'] and rows[-1]['states_loss'] < rows[0]['states_loss']
+
+
+def test_a_teacher_of_another_run_answers_as_it_was_trained(tmp_path):
+  train.run(
+    tiny_config(task__readout='cls', task__head='family', stages=({'name': 'tune', 'epochs': 1},)),
+    tmp_path / 'a',
+  )
+  wanted = settings.check(
+    tiny_config(stages=({'name': 'own', 'teacher': str(tmp_path / 'a'), 'objective': 'distil'},))
+  )
+  prepared = session.prepare(wanted, tmp_path / 'b')
+  model, params = train.teacher_of(prepared, str(tmp_path / 'a'), {})
+  assert (model.readout, model.head) == ('cls', 'family') and 'dense' in params['head']
+  batch = next(iter(session.batches(prepared, 'test', 8).iterator(0)))
+  odds = jax.nn.softmax(model.apply({'params': params}, jax.tree.map(jnp.asarray, batch)).logits)
+  records = [
+    json.loads(line) for line in (tmp_path / 'a' / 'predictions_test.jsonl').read_text().splitlines()
+  ]
+  told = [list(records[index]['probabilities']) for index in batch['index']]
+  np.testing.assert_allclose(odds, told, atol=1e-4)
+  # A head that has learned to read something else is not taken.
+  found = initial.from_run(str(tmp_path / 'a'), model.config, prepared.dataset.labels, 'mean', 'linear')
+  assert set(found) == {'encoder', 'reducer'} or set(found) == {'encoder'}
 
 
 # Texts of several lengths, and a batch with a filler.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -271,3 +272,15 @@ def test_a_student_is_distilled_on_labelled_words_alone():
   p, q = softmax(theirs[at] / 2, 1), softmax(mine[at] / 2, 1)
   assert float(found['task_loss']) == pytest.approx(task, rel=1e-5)
   assert float(loss) == pytest.approx(0.5 * (task + 4 * np.mean((p * np.log(p / q)).sum(1))), rel=1e-4)
+
+
+def test_a_loaded_tagger_reads_long_sentences_as_its_run_does(run, tmp_path):
+  folder, _ = run
+  long = ['gilu ' * 60]
+  assert len(tokenprune_jax.load(folder).predict(long)[0]['tags']) == 60
+  shutil.copytree(folder / 'model', tmp_path / 'run' / 'model')
+  wanted = json.loads((folder / 'config.json').read_text())
+  wanted['data']['tagging']['long'] = 'error'
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(wanted))
+  with pytest.raises(UserError, match='data.tagging.long'):
+    tokenprune_jax.load(tmp_path / 'run').predict(long)

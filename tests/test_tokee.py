@@ -11,6 +11,7 @@ from tokenprune_jax import conversion, families
 from tokenprune_jax.encoder import Encoder
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.reducer import Inputs
+from tokenprune_jax.reducers import tokee
 from tokenprune_jax.reducers.tokee import Method
 
 G = np.load(pathlib.Path(__file__).parent / 'golden' / 'tokee_model.npz')
@@ -108,3 +109,13 @@ def test_official_exits_of_sentences(criterion, pool, delta):
   last = int(layers[0]) == DEPTH - 1
   found = jax.nn.softmax(logits) if criterion == 'max_p' and not last else logits
   np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_training_samples_twice_the_threshold_in_the_upper_half(monkeypatch):
+  monkeypatch.setattr(tokee, 'DELTAS', (0.1,))
+  doubt = jnp.full((6, 40, 3), 0.15)  # between one threshold and the other
+  found = tokee.sampled_exits(jax.random.key(0), doubt, jnp.ones((40, 3), bool))
+  assert np.unique(np.asarray(found)).tolist() == [4, 6]
+  monkeypatch.setattr(tokee, 'DELTAS', (0.4,))  # twice that is above the cap
+  found = tokee.sampled_exits(jax.random.key(0), jnp.full((6, 40, 3), 0.6), jnp.ones((40, 3), bool))
+  assert np.unique(np.asarray(found)).tolist() == [6]

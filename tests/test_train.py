@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -307,3 +308,75 @@ def test_a_step_equals_the_same_step_written_out():
 def test_the_folder_may_be_given_as_text(tmp_path):
   with pytest.raises(UserError, match='config.sead'):
     train.run({'sead': 1}, str(pathlib.Path(tmp_path) / 'run'))
+
+
+SOFT, HARD = {'mode': 'soft'}, {'mode': 'hard'}
+LTP = {'name': 'ltp', 'target_macs': 0.8, 'first_layer': True}
+SHORT = [{'text': f'{a} {b}', 'label': 'xy'[ord(b) % 2]} for a in 'abcdefgh' for b in 'klmnopqr']
+
+
+@pytest.mark.parametrize(
+  ('second', 'changes', 'words'),
+  [
+    ({'init': 'A'}, {}, "stage 'b': init is 'A', which is neither 'pretrained', nor an earlier stage"),
+    ({'init': 'a', 'train': 'encodr/.*'}, {}, "train='encodr/.\\*' matches none"),
+    (
+      {'init': 'a', 'reducer': SOFT},
+      {'reducer': LTP},
+      "stage 'b' has ltp in mode 'soft', but the stage 'a' before it in 'hard'",
+    ),
+    (
+      {'init': 'a', 'reducer': {'name': 'power', 'mode': 'search', 'slots': 16}},
+      {},
+      'slots is 16, but texts have up to 32',
+    ),
+    (
+      {'init': 'a', 'reducer': {'name': 'sttabt', 'mode': 'distil', 'factor': 3}},
+      {},
+      '2 heads cannot share a width of 32 / 3',
+    ),
+  ],
+)
+def test_a_later_stage_s_mistake_is_found_before_the_first_one_runs(second, changes, words, tmp_path):
+  wanted = config(stages=({'name': 'a', 'epochs': 1}, {'name': 'b', 'epochs': 1, **second}), **changes)
+  with pytest.raises(UserError, match=words):
+    train.run(wanted, tmp_path)
+  assert not (tmp_path / 'checkpoints').exists()
+
+
+@pytest.mark.parametrize(
+  'spec', [LTP, {'name': 'power', 'mode': 'search', 'slots': 32}, {'name': 'sttabt', 'factor': 2}]
+)
+def test_a_budget_that_these_texts_cannot_meet_is_refused_before_training(spec, tmp_path):
+  (tmp_path / 'short.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in SHORT))
+  stage = {'name': 'a', 'reducer': {**spec, 'target_macs': 0.26}}
+  wanted = config(
+    data__name='file', data__train=str(tmp_path / 'short.jsonl'), stages=(stage,), task__readout='cls'
+  )
+  wanted['reducer'] = {'name': 'none'}
+  if spec['name'] == 'sttabt':
+    wanted['stages'] = (
+      {**stage, 'objective': 'distil_approx', 'reducer': {**stage['reducer'], 'mode': 'distil'}},
+    )
+  with pytest.raises(UserError, match='target_macs is 0.26, which this method cannot reach'):
+    train.run(wanted, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_a_best_checkpoint_that_is_gone_is_followed_by_the_best_of_what_is_left(tmp_path, capsys):
+  wanted = config(checkpoint__keep=3)
+  outcome = train.run(wanted, tmp_path)
+  best = outcome['stages']['tune']['best_step']
+  left = sorted(int(path.name) for path in (tmp_path / 'checkpoints' / 'tune').glob('[0-9]*'))
+  shutil.rmtree(tmp_path / 'checkpoints' / 'tune' / str(best))
+  (tmp_path / 'stages' / 'tune.json').unlink()
+  (tmp_path / 'result.json').unlink()
+  again = train.run(wanted, tmp_path)
+  assert len(left) > 1 and again['stages']['tune']['step'] == 2 * STEPS
+  assert (tmp_path / 'checkpoints' / 'tune' / str(again['stages']['tune']['best_step'])).is_dir()
+
+
+def test_what_a_method_learns_to_prune_by_does_not_decay():
+  assert optim.decays('encoder/block_1/up/kernel') and optim.decays('encoder/embeddings/word/embedding')
+  for path in ('learned/delta', 'thresholds/theta', 'retention/r', 'exit/bias'):
+    assert not optim.decays(f'reducer/{path}')

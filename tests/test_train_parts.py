@@ -294,16 +294,16 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
 def test_a_changed_config_is_refused_by_its_keys(tmp_path):
   config = settings.check({})
   # Nothing is learned yet: a slip costs no workdir.
-  workdir.settle_config(tmp_path, settings.check({'seed': 5}))
-  workdir.settle_config(tmp_path, config)
+  workdir.begin(tmp_path, settings.check({'seed': 5}))
+  assert not workdir.is_finished(tmp_path, config)
+  workdir.begin(tmp_path, config)
   workdir.write_json(tmp_path / 'stages' / 'finetune.json', {})
   workdir.write_json(tmp_path / 'result.json', {})
-  workdir.settle_config(tmp_path, settings.check({'predict': 'x.txt', 'checkpoint': {'every': 7}}))
-  assert (tmp_path / 'result.json').exists()
-  workdir.settle_config(tmp_path, settings.check({'eval': {'timing': False}}))
-  assert not (tmp_path / 'result.json').exists()
+  assert workdir.is_finished(tmp_path, settings.check({'predict': 'x.txt', 'checkpoint': {'every': 7}}))
+  assert not workdir.is_finished(tmp_path, settings.check({'eval': {'timing': False}}))
+  assert (tmp_path / 'result.json').exists()  # until it is known that the run can begin
   with pytest.raises(UserError, match=r'config\.optimizer\.warmup was 0\.1 and is now 0\.2; config\.seed'):
-    workdir.settle_config(tmp_path, settings.check({'seed': 1, 'optimizer': {'warmup': 0.2}}))
+    workdir.is_finished(tmp_path, settings.check({'seed': 1, 'optimizer': {'warmup': 0.2}}))
 
 
 def test_changed_data_are_refused_by_what_differs(tmp_path):

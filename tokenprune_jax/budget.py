@@ -9,6 +9,11 @@ from tokenprune_jax import flops
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 
+
+class Unreachable(UserError):
+  """No setting is as cheap as a budget."""
+
+
 CLOSE = 0.005  # to a budget: nothing is left to find
 STEPS = 12  # bisections
 FURTHEST = 1e4
@@ -37,7 +42,7 @@ def from_zero(cost: Callable[[float], float], target: float, start: float) -> fl
   while (reached := cost(high)) > target:
     low, high = high, 4 * high
     if high > FURTHEST:
-      raise UserError(
+      raise Unreachable(
         f'the budget is {target}, but on the validation split at least {reached:.3f} of the dense multiply-adds are left '
         'whatever the thresholds: protected tokens stay, and the first layer runs whole. Ask for more.'
       )
@@ -74,7 +79,7 @@ def fixed_counts(
     return share * counted(factor)
 
   if (least := cost(0.0)) > target:
-    raise UserError(
+    raise Unreachable(
       f'the budget is {target}, but with one token left after the first layer {least:.3f} of the dense '
       'multiply-adds remain: its projections and attention run whole. Ask for more.'
     )

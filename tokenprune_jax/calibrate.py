@@ -4,12 +4,14 @@
     python -m tokenprune_jax.calibrate --run=runs/mine --time=0.3      # 30% of the time that dense takes on this machine
     python -m tokenprune_jax.calibrate --run=runs/mine --loss=0.5      # the cheapest that loses at most half a point
     python -m tokenprune_jax.calibrate --run=runs/mine --accuracy=93   # the cheapest with at least 93%
+    python -m tokenprune_jax.calibrate --run=runs/mine --setting=threshold=0.3   # what that does, whatever it is
 
 Writes the model with its new settings into RUN/calibrated (or --out), for `tokenprune_jax.load`; the run itself is left
 alone. `--time` measures: the dense model in batches by length and this one as its run is executed (by `serve`, where that
-only masks), in turns on the same documents; keep the machine idle. `--loss` counts points of accuracy against the same model
-where nothing is removed. Of a tagger whose tags mark spans, accuracy is the F1 of spans. What can be set is what the method
-has one number for: see `at_budget` in its file.
+only masks), in turns on the same documents; keep the machine idle. `--loss` counts points of accuracy against the same
+model where the method that is set removes nothing (in a chain the others go on as trained), not against the dense run that
+it began from: that one's accuracy can be asked for by `--accuracy`. Of a tagger whose tags mark spans, accuracy is the F1 of
+spans. What can be set is what the method has one number for: see `at_budget` in its file.
 
 With `--batch=16` a method whose examples, or words, exit by themselves also gets capacities that batches of 16 or more share:
 its savings then show in one compiled program, by the executor `compact`, and not under `serve` alone.
@@ -84,6 +86,7 @@ class Calibration:
     self.task = tasks.make(config['task']['name'], config['task'].get('constrained', False))
     if limit and self.task.name == 'tag':  # whole sentences, for spans
       self.limit, self.data['valid_limit'] = 0, min(limit, self.data['valid_limit'] or limit)
+    self.same_data = self.data == config['data']
     self.exported = pretrained.load_exported(self.folder / 'model')
     self.wanted = self.exported.reducer_spec  # before it is set
     self.known: list[Mapping[str, Any]] = [self.exported.reducer_spec]
@@ -101,6 +104,8 @@ class Calibration:
         f'the data of {self.folder} have the labels {", ".join(found.labels)} now; its model has '
         f'{", ".join(self.exported.labels)}. Put the files back that it was trained on.'
       )
+    if self.same_data:
+      workdir.refuse_data(self.folder, found.identity())
     return found.splits
 
   @functools.cached_property
@@ -183,6 +188,18 @@ class Calibration:
     fields = {field: idle[control] for field, control in file.CONTROLS.items() if control in idle}
     return self.measured(specs.with_handed_on(self.wanted, {member['name']: fields}))
 
+  def with_setting(self, text: str) -> Setting:
+    """What NAME=NUMBER does, which a request could set too. Raises UserError where the method has none of that name."""
+    name, _, value = text.partition('=')
+    _, member = stages.settable(self.wanted)
+    known = getattr(specs.module(member['name']), 'CONTROLS', {})
+    if name not in known or not is_number(value):
+      raise UserError(
+        f'the setting is {text!r}; expected NAME=NUMBER, and of {member["name"]} one of {", ".join(known) or "none"}'
+      )
+    kind = type(getattr(specs.module(member['name']).Method, name))
+    return self.measured(specs.with_handed_on(self.wanted, {member['name']: {name: kind(float(value))}}))
+
   def time_of(self, spec: Mapping[str, Any]) -> float:
     """Seconds an example as a share of dense's, on some of the sample's batches, in turns."""
     plan = self.batches()
@@ -229,29 +246,38 @@ class Calibration:
   def cheapest(self, accuracy: float) -> Setting:
     """The cheapest setting on the grid with at least this accuracy, a share, found by halving: what costs more is as good.
 
-    Raises UserError where even the dearest falls short, naming the best that was tried.
+    Where that finds none, the whole grid is tried. Raises UserError where all of it falls short, naming the best.
     """
-    budgets, found = (*GRID, 1.0), []
-    low, high, good = 0, len(budgets), None
+    if not 0 < accuracy <= 1:
+      raise UserError(
+        f'the accuracy to reach is {100 * accuracy:g}%; expected a number above 0 and at most 100'
+      )
+    budgets = (*GRID, 1.0)
+    found: dict[int, Setting] = {}
     refused: UserError | None = None
+
+    def good(place: int) -> bool:
+      nonlocal refused
+      try:
+        setting = self.at(budgets[place])
+      except UserError as error:
+        refused = error  # nothing is that cheap
+        return False
+      tell(setting)
+      found[place] = setting
+      return setting.accuracy >= accuracy - 1e-9
+
+    low, high = 0, len(budgets)
     while low < high:
       middle = (low + high) // 2
-      try:
-        setting = self.at(budgets[middle])
-      except UserError as error:
-        low, refused = middle + 1, error  # nothing is that cheap
-        continue
-      tell(setting)
-      found.append(setting)
-      if setting.accuracy >= accuracy - 1e-9:
-        high, good = middle, setting
-      else:
-        low = middle + 1
-    if good is not None:
-      return good
+      low, high = (low, middle) if good(middle) else (middle + 1, high)
+    if high == len(budgets):  # not even the dearest; less may be better
+      high = next((place for place in range(len(budgets)) if place not in found and good(place)), high)
+    if high < len(budgets):
+      return found[high]
     if refused and not found:
       raise refused
-    best = max(found, key=lambda setting: setting.accuracy)
+    best = max(found.values(), key=lambda setting: setting.accuracy)
     raise UserError(
       f'no setting reaches {accuracy:.1%} {best.metric} on the validation split; the best there is {best.accuracy:.1%}, at '
       f'{best.mac_ratio:.2f} of the dense multiply-adds'
@@ -264,6 +290,14 @@ class Calibration:
       folder, e.config, e.params, e.tokenizer, e.labels, readout=e.readout, head=e.head, reducer_spec=setting.spec,
       max_length=e.max_length, constrained=e.constrained,
     )  # fmt: skip
+
+
+def is_number(text: str) -> bool:
+  """Whether it reads as a finite number."""
+  try:
+    return bool(np.isfinite(float(text)))
+  except ValueError:
+    return False
 
 
 def tell(setting: Setting) -> None:
@@ -287,6 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     '--loss', type=float, help='points of accuracy (of F1, where spans are tagged) that may be lost'
   )
   goal.add_argument('--accuracy', type=float, help='percent that are to be right')
+  goal.add_argument('--setting', help="NAME=NUMBER, one of the method's own settings, as it is")
   parser.add_argument('--documents', type=int, default=0, help='of the validation split; 0: all')
   parser.add_argument(
     '--batch', type=int, default=0, help='examples, or more, that share capacities; 0: as the run has it'
@@ -298,6 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = parser.parse_args(arguments)
   compile_cache.turn_on()
   try:
+    if options.documents < 0:
+      raise UserError(f'--documents is {options.documents}; expected a number of documents, or 0 for all')
     calibration = Calibration(options.run, options.documents)
     if options.batch:
       calibration.share(options.batch, options.overflow)
@@ -305,6 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       setting = calibration.at(options.macs)
     elif options.time is not None:
       setting = calibration.in_time(options.time)
+    elif options.setting is not None:
+      setting = calibration.with_setting(options.setting)
     elif options.loss is not None:
       whole = calibration.whole()
       writer.say(f'nothing removed: {whole.metric} {whole.accuracy:.2%}')

@@ -99,6 +99,15 @@ def export(
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def alone(
+  config: EncoderConfig, params: Mapping[str, Any], layers: Sequence[int]
+) -> tuple[EncoderConfig, dict[str, Any]]:
+  """(config, params) of an encoder that has these layers and no others, counted from 1: a student without its teacher."""
+  encoder = {name: part for name, part in params['encoder'].items() if not name.startswith('block_')}
+  encoder |= {f'block_{i}': params['encoder'][f'block_{l}'] for i, l in enumerate(layers, start=1)}
+  return replace(config, depth=len(layers)), {**params, 'encoder': encoder}
+
+
 def _refuse_foreign(folder: Path) -> None:
   """Only a new folder, an empty one or an earlier export may be written to."""
   if folder.is_dir() and (not any(folder.iterdir()) or (folder / SETTINGS).exists()):

@@ -71,25 +71,34 @@ def check_reducer(model: Classifier, params: Mapping[str, Any], source: str) -> 
       )
 
 
-def from_run(folder: str, config: EncoderConfig, labels: Sequence[str]) -> dict[str, Any]:
+def from_run(
+  folder: str, config: EncoderConfig, labels: Sequence[str], readout: str, head: str
+) -> dict[str, Any]:
   """The parameters that another run exported; those of the encoder alone where it was for other labels.
 
-  Raises UserError where `folder` holds no finished run, or one with another encoder.
+  Of a run that read something else into its head, or into another one, all but the head. Raises UserError where `folder`
+  holds no finished run, or one with another encoder.
   """
   found = exported(folder, config)
-  if tuple(found.labels) == tuple(labels):
+  if tuple(found.labels) != tuple(labels):
+    writer.say(f'{folder} has other labels ({", ".join(found.labels)}): its head is not used')
+    return {'encoder': found.params['encoder']}
+  theirs, ours = (found.readout, found.head), (readout, head)
+  if theirs == ours:
     return found.params
-  writer.say(f'{folder} has other labels ({", ".join(found.labels)}): its head is not used')
-  return {'encoder': found.params['encoder']}
+  writer.say(
+    f'{folder} has config.task readout and head {", ".join(theirs)}, here {", ".join(ours)}: its head is not used'
+  )
+  return {name: part for name, part in found.params.items() if name != 'head'}
 
 
-def exported(folder: str, config: EncoderConfig) -> pretrained.Exported:
-  """The model of a finished run. Raises UserError where there is none, or one with another encoder."""
+def exported(folder: str, config: EncoderConfig, key: str = 'init') -> pretrained.Exported:
+  """The model of a finished run. key: that names it. Raises UserError where there is none, or one with another encoder."""
   model = pathlib.Path(folder) / 'model'
   if not model.is_dir():
     raise UserError(
-      f"a stage's init is '{folder}', which is neither 'pretrained', nor an earlier stage, nor the "
-      'workdir of a finished run (one has a folder model/ in it).'
+      f"{key} is '{folder}', which is neither 'pretrained', nor an earlier stage, nor the workdir of a finished run (one has "
+      'a folder model/ in it).'
     )
   found = pretrained.load_exported(model)
   for field in BACKBONE:
@@ -100,6 +109,16 @@ def exported(folder: str, config: EncoderConfig) -> pretrained.Exported:
         'Set config.model.weights to what that run used.'
       )
   return found
+
+
+def check_sources(stage: Mapping[str, Any], config: EncoderConfig, earlier: Mapping[str, Classifier]) -> None:
+  """Raises UserError where a stage starts from what is neither an earlier stage nor a finished run of this encoder."""
+  for key in ('init', 'init_reducer'):
+    if stage[key] and stage[key] != 'pretrained' and stage[key] not in earlier:
+      try:
+        exported(stage[key], config, key)
+      except UserError as error:
+        raise UserError(f'stage {stage["name"]!r}: {error}') from error
 
 
 def check_inherited(

@@ -222,7 +222,8 @@ class Classifier(nn.Module):
     loss = jnp.asarray(memory.get('loss', 0.0), jnp.float32)
     if 'mac_target' in memory:
       real = batch['mask'].any(-1)
-      share = weighted_mean(macs, real) / weighted_mean(dense, real)
+      # At least 1, for a part of a batch may be all filler.
+      share = weighted_mean(macs, real) / jnp.maximum(weighted_mean(dense, real), 1.0)
       loss += memory['mac_weight'] * (share - memory['mac_target']) ** 2
     return Output(logits, loss, trace, macs, dense, read, memory.get('logits'))
 

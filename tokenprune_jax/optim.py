@@ -81,8 +81,8 @@ def examples(params: Params) -> str:
 
 
 def decays(path: str) -> bool:
-  """Weight decay is for matrices and tables: not for biases and the scales of norms."""
-  return path.rsplit('/', 1)[-1] not in ('bias', 'scale')
+  """Weight decay is for matrices and tables: not for biases, the scales of norms, and what a method learns to prune by."""
+  return path.rsplit('/', 1)[-1] in ('kernel', 'embedding')
 
 
 def schedule(learning_rate: float, steps: int, warmup: float) -> Callable[[jax.Array | int], jax.Array]:

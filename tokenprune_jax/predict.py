@@ -70,7 +70,10 @@ def load(folder: str | os.PathLike, executor: str = 'compact') -> 'Predictor | t
   for place in (folder / 'model', folder):
     if (place / SETTINGS).is_file():
       exported = pretrained.load_exported(place)
-      return (tagger.Tagger if exported.readout == 'tokens' else Predictor)(exported, executor)
+      if exported.readout != 'tokens':
+        return Predictor(exported, executor)
+      run = (workdir.read_json(folder / 'config.json') or {}).get('data', {})
+      return tagger.Tagger(exported, executor, run.get('tagging', {}))
   raise UserError(
     f'{folder} holds no trained model: there is no {SETTINGS} in it or in its folder model/. '
     'Name the --workdir of a finished run, or a folder that such a run exported.'
@@ -85,15 +88,18 @@ class Predictor(Runner):
     """The tokenizer, with its length."""
     return data.Encoder(self.tokenizer, self.max_length)
 
-  def predict(self, texts: Sequence[Any], batch_size: int = 16) -> list[dict[str, Any]]:
+  def predict(
+    self, texts: Sequence[Any], batch_size: int = 16, controls: Mapping[str, float] | None = None
+  ) -> list[dict[str, Any]]:
     """One dict a text, in order: text, label, probabilities {label: p}, kept [{word, share}] and truncated.
 
     texts: strings, or pairs of strings. kept: the words that some head still sees at the last layer that has
     words, with the share of heads that do. truncated: how many tokens of a text too long for the model were
-    cut off. Raises UserError for an empty list, an empty text, something that is no text, or strings and
-    pairs together.
+    cut off. controls: settings of the method in place of those it was exported with, such as {'exit_threshold': 0.3}.
+    Raises UserError for an empty list, an empty text, something that is no text, strings and pairs together, or a
+    control that the method has not.
     """
-    return [reading.record() for reading in self.readings(texts, batch_size)]
+    return [reading.record() for reading in self.readings(texts, batch_size, controls)]
 
   def serve(self, **options: Any) -> serve.Server:
     """A server of this model, for texts and pairs: `serve.Server`, whose other options may be given.
@@ -107,11 +113,13 @@ class Predictor(Runner):
     """Everything about one text, for pictures."""
     return self.readings([text], 1)[0]
 
-  def readings(self, texts: Sequence[Any], batch_size: int) -> list[Reading]:
+  def readings(
+    self, texts: Sequence[Any], batch_size: int, controls: Mapping[str, float] | None = None
+  ) -> list[Reading]:
     """A reading of each text, in order; texts of like length share a batch."""
     texts = checked(texts)
     split = data.encode([first(text) for text in texts], self.tokenizer, self.max_length, seconds(texts))
-    found = {i: self.reading(texts[i], result) for i, result in self.results(split, batch_size)}
+    found = {i: self.reading(texts[i], result) for i, result in self.results(split, batch_size, controls)}
     return [found[i] for i in range(len(texts))]
 
   def reading(self, text: Text, result: dict[str, np.ndarray]) -> Reading:

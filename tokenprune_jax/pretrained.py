@@ -15,9 +15,9 @@ from typing import Any
 from tokenprune_jax import families, model_files, random_model, sources
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.export import Exported, export, load_exported
+from tokenprune_jax.export import Exported, alone, export, load_exported
 
-__all__ = ['Exported', 'Pretrained', 'depth_of', 'export', 'load', 'load_exported']
+__all__ = ['Exported', 'Pretrained', 'alone', 'depth_of', 'export', 'load', 'load_exported']
 
 DEPTHS = {'minilm-l6': 6, 'mpnet-base': 12}  # of the packages, wherever they are not installed
 

@@ -53,7 +53,8 @@ class Reader(NamedTuple):
   """Makes requests of what callers give.
 
   longest: tokens that fit; vocabulary: number of token ids; controls: those that a request may set, with their defaults;
-  encode: as in `serve.Server`. words: whether requests have to say which word each token is a piece of.
+  encode: as in `serve.Server`. words: whether requests have to say which word each token is a piece of. refuse: raises
+  UserError for controls (as sorted pairs) that the method cannot have.
   """
 
   longest: int
@@ -61,6 +62,7 @@ class Reader(NamedTuple):
   controls: Mapping[str, float]
   encode: Callable[..., Sequence[Any]] | None
   words: bool = False
+  refuse: Callable[[tuple[tuple[str, float], ...]], None] = lambda _: None
 
   def read(self, given: Any, controls: Mapping[str, Any]) -> Request:
     """A request of token ids, {'ids', 'words'}, a text or a pair of texts. Raises UserError for anything else."""
@@ -68,7 +70,9 @@ class Reader(NamedTuple):
     if unknown:
       known = ', '.join(self.controls) or 'none'
       raise UserError(f'unknown control {unknown[0]!r}; the server was made with: {known}.')
-    values = {**self.controls, **checked_controls(controls)}
+    own = checked_controls(controls)
+    self.refuse(tuple(sorted(own.items())))
+    values = {**self.controls, **own}
     words = None
     if isinstance(given, Mapping):
       given, words = self.with_words(given)
@@ -113,7 +117,8 @@ class Reader(NamedTuple):
         'the request is a text, and the server was made without a tokenizer; give it token ids.'
       )
     [(encoding, cut)] = self.encode([texts[0]], [texts[1]] if len(texts) == 2 else None)
-    return self.checked(encoding.ids), np.array(encoding.type_ids, np.int32), cut
+    types = np.array(encoding.type_ids, np.int32) * getattr(self.encode, 'has_types', True)
+    return self.checked(encoding.ids), types, cut
 
   def checked(self, given: Any) -> np.ndarray:
     """Token ids as an array. Raises UserError."""

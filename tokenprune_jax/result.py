@@ -59,18 +59,22 @@ def test(
     session.out.flush()
     lines = [json.dumps(record) + '\n' for record in records]
     workdir.write_text(folder / 'predictions_test.jsonl', ''.join(lines))
-    pretrained.export(
-      folder / 'model',
-      model.config,
-      host,
-      session.weights.tokenizer,
-      session.dataset.labels,
-      readout=model.readout,
-      head=model.head,
-      reducer_spec=spec,
-      max_length=config['data']['max_length'],
-      constrained=config['task']['constrained'],
-    )
+    models = {'model': (model.config, host, spec)}
+    if spec['name'] == 'student' and spec.get('layers'):
+      models['student'] = (*pretrained.alone(model.config, host, spec['layers']), {'name': 'none'})
+    for name, (encoder, values, reducer) in models.items():
+      pretrained.export(
+        folder / name,
+        encoder,
+        values,
+        session.weights.tokenizer,
+        session.dataset.labels,
+        readout=model.readout,
+        head=model.head,
+        reducer_spec=reducer,
+        max_length=config['data']['max_length'],
+        constrained=config['task']['constrained'],
+      )
     workdir.write_json(folder / 'result.json', result)
 
   sharding.on_first(leave)

@@ -1,13 +1,14 @@
 """A trained model ready to run, on texts (`predict`) as on words (`tagger`). Shapes: b batch, n slots, L layers."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from tokenprune_jax import data, evaluate, initial, models, pretrained
+from tokenprune_jax import costs, data, evaluate, initial, models, pretrained, request, specs
+from tokenprune_jax.errors import UserError
 
 SHORTEST = 32  # slots of the smallest batch shape; the others double it
 
@@ -36,9 +37,17 @@ class Runner:
       pad_id=self.model.config.pad_id,
     ).iterator()  # fmt: skip
 
-  def results(self, split: data.Split, batch_size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(example, what `forward` says of it)."""
+  def results(
+    self, split: data.Split, batch_size: int, controls: Mapping[str, Any] | None = None
+  ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(example, what `forward` says of it). Raises UserError for a control that the method has not, or a wrong value."""
+    given = request.checked_controls(controls or {})
+    config, known = self.model.config, specs.controls(self.model.reducer)
+    if unknown := sorted(set(given) - set(known)):
+      raise UserError(f'unknown control {unknown[0]!r}; this method has: {", ".join(known) or "none"}.')
+    specs.check_controls(self.model.reducer, given, config.depth, config.heads)
     for batch in self.batches(split, batch_size):
+      batch = costs.with_controls(batch, given)
       result = jax.device_get(self.forward(self.params, batch))
       if result['overflow'].any():  # a capacity was too small
         result = evaluate.replaced(result, jax.device_get(self.masked(self.params, batch)))

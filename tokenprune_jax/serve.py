@@ -13,6 +13,7 @@ that of the executor `mask`, whatever else is served beside it.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -58,9 +59,9 @@ class Server:
 
   ladder: the shapes. queue: requests that may wait. encode: (texts, second texts or None) -> [(encoding, tokens cut off)],
   as `data.Encoder`; without it requests are token ids. controls: {name: default} of the method's controls that a request
-  may set. labels: names of the classes. Where the method decides by words (`Reducer.needs_words`), a request is {'ids': …,
-  'words': the number of the word that each token is a piece of, or -1}. Raises UserError where the ladder is none, and for
-  a control that the method has not.
+  may set, by `submit(request, {name: value})`. labels: names of the classes. Where the method decides by words
+  (`Reducer.needs_words`), a request is {'ids': …, 'words': the number of the word that each token is a piece of, or -1}.
+  Raises UserError where the ladder is none, and for a control that the method has not, or a value that it cannot have.
   """
 
   def __init__(
@@ -80,10 +81,16 @@ class Server:
     if unknown := sorted(set(controls or {}) - set(known)):
       raise UserError(f'unknown control {unknown[0]!r}; this method has: {", ".join(known) or "none"}.')
     controls = checked_controls(controls or {})
+
+    @functools.lru_cache(maxsize=1024)
+    def refuse(given: tuple[tuple[str, float], ...]) -> None:
+      specs.check_controls(model.reducer, dict(given), config.depth, config.heads)
+
+    refuse(tuple(controls.items()))
     self.labels = tuple(labels)
     self.model, self.queue, self.words = model, queue, model.reducer.needs_words()
     self.ladder = (ladder or Ladder(COARSE if self.words else LENGTHS)).settled(config.max_length)
-    self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words)
+    self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words, refuse)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
     self.buckets = Buckets(model, self.programs, self.ladder)
     self.waiting: collections.deque[Request] = collections.deque()

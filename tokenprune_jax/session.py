@@ -5,8 +5,22 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from tokenprune_jax import data, initial, optim, predict, pretrained, sharding, stages, tasks, workdir, writer
+from tokenprune_jax import (
+  data,
+  initial,
+  optim,
+  predict,
+  pretrained,
+  schedule,
+  sharding,
+  specs,
+  stages,
+  tasks,
+  workdir,
+  writer,
+)
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, make_reducer
 
@@ -48,6 +62,7 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
     )
   sharding.on_first(lambda: workdir.settle_data(folder, dataset.identity()))
   writer.say(dataset.describe())
+  check_budgets(config, weights, dataset.splits['valid'].lengths)
   buckets = (*(length for length in config['data']['buckets'] if length < max_length), max_length)
   out = sharding.on_first(lambda: writer.MetricsWriter(folder))
   return Session(config, folder, mesh, task, weights, dataset, buckets, out)
@@ -56,17 +71,58 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
 def check_stages(config: Mapping[str, Any], weights: pretrained.Pretrained, task: tasks.Task) -> None:
   """Raises UserError for a wrong setting of any stage: the last one's is not to be found after the first has run."""
   earlier: dict[str, Classifier] = {}
+  modes: dict[str, tuple[str, str]] = {}
   handed_on: list[dict[str, dict[str, Any]]] = []
   for stage in config['stages']:
     spec = stages.reducer_spec(config['reducer'], handed_on, stage)
     stages.find_objective(stage, spec, task)
     model = classifier(config, weights, spec, labels=2)
+    check_modes(stage, spec, modes)
+    for member in specs.members(spec):
+      getattr(specs.module(member['name']), 'check_length', lambda *_: None)(
+        member, config['data']['max_length']
+      )
+    optim.trainable(initial.param_shapes(model), stage['train'], model.unused_blocks())
+    initial.check_sources(stage, weights.config, earlier)
     initial.check_inherited(stage, spec, weights.config, earlier)
     if stage['teacher']:
       check_teacher(stage, model, weights, earlier)
     earlier[stage['name']] = model
     handed_on.append(stages.expected(spec, weights.config.depth))
   optim.check_groups(config['optimizer']['groups'], map(initial.param_shapes, earlier.values()))
+
+
+def check_modes(stage: Mapping[str, Any], spec: Mapping[str, Any], modes: dict[str, tuple[str, str]]) -> None:
+  """Raises UserError where a method goes back to a mode that comes before that of an earlier stage (`stages`: MODE_ORDER).
+
+  modes: {method: (its mode, stage) so far}, kept up.
+  """
+  for member in specs.members(spec):
+    name, file = member['name'], specs.module(member['name'])
+    order, mode = getattr(file, 'MODE_ORDER', ()), member.get('mode', getattr(file.Method, 'mode', ''))
+    if mode not in order:
+      continue
+    before, where = modes.get(name, (mode, ''))
+    if order.index(mode) < order.index(before):
+      raise UserError(
+        f'stage {stage["name"]!r} has {name} in mode {mode!r}, but the stage {where!r} before it in {before!r}; the order is '
+        f'{", ".join(order)}.'
+      )
+    modes[name] = mode, stage['name']
+
+
+def check_budgets(config: Mapping[str, Any], weights: pretrained.Pretrained, lengths: np.ndarray) -> None:
+  """Raises UserError where a stage asks for a budget that its method cannot reach on texts of these lengths in tokens."""
+  for stage in config['stages']:
+    spec = stages.reducer_spec(config['reducer'], [], stage)
+    if {'student', 'combine'} & set(specs.names(spec)):  # layers are left out
+      continue
+    for member in specs.members(spec):
+      least = getattr(specs.module(member['name']), 'least', None)
+      if least is not None and member.get('target_macs'):
+        schedule.check_budget(
+          'reducer.target_macs', member['target_macs'], least(member, weights.config, lengths)
+        )
 
 
 def check_teacher(

@@ -143,7 +143,7 @@ NAME: Rule = (lambda text: bool(re.fullmatch(r'[\w.-]+', text)), 'letters, digit
 REGEX: Rule = (is_regex, 'a regular expression')
 
 RULES: dict[str, Rule] = {
-  'seed': at_least(0),
+  'seed': (lambda value: 0 <= value < 2**31, 'a whole number from 0 to 2147483647'),
   'task.name': one_of('classify', 'tag'),
   'task.readout': one_of('mean', 'cls', 'tokens'),
   'task.head': one_of('linear', 'family'),

@@ -104,6 +104,21 @@ def controls(reducer: Reducer) -> tuple[str, ...]:
   return (*own.values(), *(name for member in getattr(reducer, 'reducers', ()) for name in controls(member)))
 
 
+def check_controls(reducer: Reducer, given: Mapping[str, float], depth: int, heads: int) -> None:
+  """Raises UserError where a control has a value that the field of the method which it stands for cannot have."""
+  for member in getattr(reducer, 'reducers', ()):
+    check_controls(member, given, depth, heads)
+  for field, control in getattr(sys.modules[type(reducer).__module__], 'CONTROLS', {}).items():
+    if control in given:
+      value, kind = given[control], type(getattr(reducer, field))
+      if value != kind(value):
+        raise UserError(f'the control {control} is {value}; expected a whole number')
+      try:
+        reducer.clone(**{field: kind(value)}).check(depth, heads)
+      except UserError as error:
+        raise UserError(str(error).replace(f'reducer.{field}', f'the control {control}')) from error
+
+
 def by_controls(
   spec: Mapping[str, Any], known: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], dict[str, float]]:

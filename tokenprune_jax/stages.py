@@ -13,6 +13,10 @@ A method brings its own in `reducers/NAME.py`, beside its module, as plain value
   def idle(fields)                    -> {control: value} at which the method does nothing: so the members before it in a
                                          chain find their own budgets and capacities, which hold whoever leaves
   def inherits(fields)                -> regex of the method's parameters that a stage cannot start without; '': none
+  MODE_ORDER = ('soft', 'hard')       the order in which stages may have it in these modes
+  def least(fields, encoder, lengths) -> share of dense's multiply-adds that is left of texts of these lengths, whatever it
+                                         removes: a `target_macs` below that is refused before the first stage
+  def check_length(fields, length)    raises UserError for texts of up to so many tokens that the method cannot read
 
 fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass
 (`models.Output`), with dropout and noise where rng is not None; an objective may call it several times.
@@ -27,6 +31,7 @@ from typing import Any
 
 import jax
 
+from tokenprune_jax import budget, writer
 from tokenprune_jax.costs import Cost, Validation, cost_of
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, Output
@@ -109,7 +114,12 @@ def finish(spec: Mapping[str, Any], validation: Validation) -> dict[str, dict[st
       held: dict[str, float] = {}
       for _, later in every[place + 1 :] if path else ():
         held |= getattr(module(later['name']), 'idle', lambda _: {})(later)
-      fields[member['name']] = end(member, validation.of(path)._replace(held=held))
+      own = validation.of(path)._replace(held=held)
+      try:
+        fields[member['name']] = end(member, own)
+      except budget.Unreachable as error:  # what was trained is not lost for that
+        writer.say(f'warning: {error} The model stays as it was trained.')
+        fields[member['name']] = end({**member, 'target_macs': 0.0}, own)
   return fields
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenprune_jax import compile_cache, data, decoding, models, segments, serve, settings
+from tokenprune_jax import compile_cache, data, decoding, models, pretrained, segments, serve, settings
 from tokenprune_jax.data import files, sentences, tags, windows
 from tokenprune_jax.data.sentences import Sentence
 from tokenprune_jax.errors import UserError
@@ -38,7 +38,16 @@ class Tagged(NamedTuple):
 
 
 class Tagger(Runner):
-  """A tagger of words. A sentence longer than the model is read in overlapping windows."""
+  """A tagger of words. A sentence longer than the model is read as its run has it, in overlapping windows or not at all.
+
+  options: of the run's config.data.tagging. Sentences are read one by one, also where the run reads them as documents.
+  """
+
+  def __init__(
+    self, exported: pretrained.Exported, executor: str = 'compact', options: Mapping[str, Any] | None = None
+  ):
+    super().__init__(exported, executor)
+    self.options = {**OPTIONS, **(options or {}), 'documents': False}
 
   @functools.cached_property
   def encoder(self) -> windows.WordEncoder:
@@ -48,7 +57,7 @@ class Tagger(Runner):
   def split(self, given: Sequence[Any], first: int = 1) -> data.Split:
     """Sentences as windows. Raises UserError as `predict` does, which numbers them from `first`."""
     units = [[sentence] for sentence in checked_sentences(given, first)]
-    return windows.encode_sentences(units, self.encoder, self.labels, 'plain', OPTIONS)
+    return windows.encode_sentences(units, self.encoder, self.labels, 'plain', self.options)
 
   def answer(self, split: data.Split, probabilities: Sequence[np.ndarray]) -> list[Tagged]:
     """The tags of a split's sentences; probabilities: [n c] of each example, or more rows, of padding, behind them."""
@@ -69,20 +78,25 @@ class Tagger(Runner):
     compile_cache.turn_on()
     return TagServer(self, serve.Server(self.model, self.params, **options))
 
-  def predict(self, given: Sequence[Any], batch_size: int = 16) -> list[dict[str, Any]]:
+  def predict(
+    self, given: Sequence[Any], batch_size: int = 16, controls: Mapping[str, float] | None = None
+  ) -> list[dict[str, Any]]:
     """One dict a sentence, in order: words, tags, probabilities of these tags and, where tags mark spans, spans.
 
     given: sentences as lists of words, or as strings, which are parted at white space. spans: [{kind, start, stop, text}].
-    Raises UserError for an empty list, an empty sentence, or something that is no sentence.
+    controls: settings of the method in place of those it was exported with. Raises UserError for an empty list, an empty
+    sentence, something that is no sentence, or a control that the method has not.
     """
     marked = tags.scheme_of(self.labels) != 'plain'
-    found = self.tagged(given, batch_size)
+    found = self.tagged(given, batch_size, controls)
     return [{**sentence._asdict(), **({'spans': sentence.spans} if marked else {})} for sentence in found]
 
-  def tagged(self, given: Sequence[Any], batch_size: int = 16) -> list[Tagged]:
+  def tagged(
+    self, given: Sequence[Any], batch_size: int = 16, controls: Mapping[str, float] | None = None
+  ) -> list[Tagged]:
     """As `predict`."""
     split = self.split(given)
-    found = {i: result['probabilities'] for i, result in self.results(split, batch_size)}
+    found = {i: result['probabilities'] for i, result in self.results(split, batch_size, controls)}
     return self.answer(split, [found[i] for i in range(len(split))])
 
   def depths(self, given: Sequence[Any], batch_size: int = 16) -> list[tuple[int, ...]]:

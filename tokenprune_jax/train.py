@@ -41,7 +41,7 @@ from tokenprune_jax.checkpoint import Checkpoints, Damaged
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.recorder import Recorder
-from tokenprune_jax.session import Session, batches, make_model, prepare
+from tokenprune_jax.session import Session, batches, classifier, make_model, prepare
 from tokenprune_jax.stopping import Interrupted, Stop, Stopped
 
 PRNG = 'threefry2x32'  # its numbers do not depend on how an array is spread over devices
@@ -95,8 +95,7 @@ def run(config: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
     # ------------------------------------------------------------------------------------------------ Folder
     def claim() -> bool:
       stack.enter_context(workdir.lock(folder))
-      workdir.settle_config(folder, config)
-      return (folder / 'result.json').exists()
+      return workdir.is_finished(folder, config)
 
     if sharding.agreed(bool(sharding.on_first(claim))):
       writer.say(f'{folder} is finished: its result is in {folder / "result.json"}')
@@ -105,6 +104,7 @@ def run(config: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
 
     # ------------------------------------------------------------------------------------------------ Stages
     session = prepare(config, folder)
+    sharding.on_first(lambda: workdir.begin(folder, config))
     if session.out is not None:
       stack.callback(session.out.close)
     done: dict[str, Done] = {}
@@ -112,6 +112,8 @@ def run(config: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
       for stage in config['stages']:
         record = workdir.read_json(folder / 'stages' / f'{stage["name"]}.json')
         done[stage['name']] = Done(**record) if record else train_stage(session, stage, done, stop)
+      if stop.number:  # came while the last stage ended
+        raise Stopped(stop.number)
 
     # ------------------------------------------------------------------------------------------------ Test
     last = config['stages'][-1]['name']
@@ -165,6 +167,11 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   else:
     saved, record = found
     position = Position(**record['position'])
+    if position.best_step >= 0 and position.best_step not in checkpoints.steps():
+      writer.say(
+        f'{name}: its best checkpoint, {checkpoints.path(position.best_step)}, is gone: the best of what is left counts'
+      )
+      position = dataclasses.replace(position, best_step=-1, best_loss=None, worse=0, validated=0)
     params, moments = saved['params'], saved['optimizer']
     writer.say(f'{name}: going on after step {position.step} of {steps}')
   parts = optim.split(params, trained)
@@ -312,7 +319,9 @@ def initial_params(
   elif init in done:
     source, origin = of_stage(init), f'stage {init!r}'
   else:
-    source, origin = initial.from_run(init, weights.config, session.dataset.labels), init
+    task = session.config['task']
+    source = initial.from_run(init, weights.config, session.dataset.labels, task['readout'], task['head'])
+    origin = init
   if own:
     other = of_stage(own) if own in done else initial.exported(own, weights.config).params
     source, origin = {**source, 'reducer': other.get('reducer', {})}, f'{origin} and {own}'
@@ -331,7 +340,9 @@ def teacher_of(session: Session, teacher: str, done: Mapping[str, Done]) -> tupl
       f'the teacher {teacher} has the labels {", ".join(found.labels)}; here they are {", ".join(session.dataset.labels)}.'
     )
   places = sharding.state_shardings(session.mesh, found.params)
-  return make_model(session, found.reducer_spec), sharding.put(found.params, places)
+  task = {**session.config['task'], 'readout': found.readout, 'head': found.head}  # its own
+  model = classifier({**session.config, 'task': task}, session.weights, found.reducer_spec, len(found.labels))
+  return model, sharding.put(found.params, places)
 
 
 def best_params(session: Session, name: str, stage: Done) -> Any:
@@ -345,8 +356,8 @@ def best_params(session: Session, name: str, stage: Done) -> Any:
     except Damaged as damage:
       record = session.folder / 'stages' / f'{name}.json'
       raise UserError(
-        f'{checkpoints.path(stage.best_step)} is damaged: {damage}. Remove {record} and that folder to train '
-        'the stage again from an earlier checkpoint.'
+        f'{checkpoints.path(stage.best_step)} is damaged: {damage}. Remove {record} and that folder: the same command '
+        'then goes on from the newest checkpoint that is left of the stage.'
       ) from damage
 
 

@@ -92,20 +92,26 @@ def lock(folder: pathlib.Path) -> TextIO:
   return file
 
 
-def settle_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Writes config.json, or compares with that of what is there. A result that another `eval` gave is removed.
+def is_finished(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+  """Whether there is the result of this config, of its `eval` too.
 
-  Raises UserError naming the keys that differ, unless none of them changes what is learned, or nothing is there
-  that was learned.
+  Raises UserError naming the keys in which it differs from that of what is there, unless none of them changes what is
+  learned, or nothing is there that was learned.
   """
   path = folder / 'config.json'
   earlier = read_json(path)
   if earlier is not None and is_learned(folder):
     refuse_differences(path, earlier, config)
-    earlier = settings.filled_in(earlier)
-    if any(key.startswith('eval.') for key in settings.differences(earlier, config)):
-      (folder / 'result.json').unlink(missing_ok=True)
-  write_json(path, config)
+    changed = settings.differences(settings.filled_in(earlier), config)
+    if any(key.startswith('eval.') for key in changed):
+      return False
+  return (folder / 'result.json').exists()
+
+
+def begin(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes config.json, of what comes now; a result that another `eval` gave is removed."""
+  (folder / 'result.json').unlink(missing_ok=True)
+  write_json(folder / 'config.json', config)
 
 
 def settle_data(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
@@ -113,16 +119,21 @@ def settle_data(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
 
   Raises UserError naming what differs, unless nothing is there that was learned.
   """
+  if is_learned(folder):
+    refuse_data(folder, identity)
+  write_json(folder / 'data.json', identity)
+
+
+def refuse_data(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
+  """Raises UserError naming what differs from the data.json of a run, if there is one."""
   path = folder / 'data.json'
   earlier = read_json(path)
-  if earlier is not None and is_learned(folder):
-    changed = [name for name in identity if earlier.get(name) != identity[name]]
-    if changed:
-      rows = '; '.join(f'{name} was {earlier.get(name)} and is now {identity[name]}' for name in changed)
-      raise UserError(
-        f'{path} is of other data: {rows}. Put the files back that this run began with, or choose another --workdir.'
-      )
-  write_json(path, identity)
+  changed = [name for name in identity if earlier is not None and earlier.get(name) != identity[name]]
+  if earlier is not None and changed:
+    rows = '; '.join(f'{name} was {earlier.get(name)} and is now {identity[name]}' for name in changed)
+    raise UserError(
+      f'{path} is of other data: {rows}. Put the files back that this run began with, or choose another --workdir.'
+    )
 
 
 def is_learned(folder: pathlib.Path) -> bool:

@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ class Split:
 
 
 class Encoder:
-  """A fast tokenizer with a length: what `encode` sets up, to keep where it is called often.
+  """A fast tokenizer with a length: what `encode` sets up, to keep where it is called often; from any thread.
 
   The tokenizer is copied, because its object and its files carry settings for truncation and padding (the
   MiniLM package's say 128 tokens, padded) that would cut texts unseen.
@@ -140,6 +141,7 @@ class Encoder:
     self.content = self.backend.to_str()
     self.max_length = max_length
     self.has_types = 'token_type_ids' in tokenizer.model_input_names
+    self.alone = threading.Lock()  # truncation is a state of the backend
 
   def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[tuple[Any, int]]:
     """(tokenizers.Encoding, tokens cut) of each text or pair; a pair is cut where it is longest."""
@@ -148,15 +150,16 @@ class Encoder:
       raise UserError(
         f'data.max_length={self.max_length} leaves no room beside {extra} special tokens; raise it'
       )
-    self.backend.no_truncation()
-    first = self.backend.encode_batch(list(texts), add_special_tokens=False)
-    second = self.backend.encode_batch(list(pairs), add_special_tokens=False) if pairs is not None else []
-    self.backend.enable_truncation(self.max_length, strategy='longest_first')
     results = []
-    for i, encoding in enumerate(first):
-      pair = second[i] if pairs is not None else None
-      length = len(encoding) + (len(pair) if pair is not None else 0) + extra
-      results.append((self.backend.post_process(encoding, pair), max(0, length - self.max_length)))
+    with self.alone:
+      self.backend.no_truncation()
+      first = self.backend.encode_batch(list(texts), add_special_tokens=False)
+      second = self.backend.encode_batch(list(pairs), add_special_tokens=False) if pairs is not None else []
+      self.backend.enable_truncation(self.max_length, strategy='longest_first')
+      for i, encoding in enumerate(first):
+        pair = second[i] if pairs is not None else None
+        length = len(encoding) + (len(pair) if pair is not None else 0) + extra
+        results.append((self.backend.post_process(encoding, pair), max(0, length - self.max_length)))
     return results
 
   def key(self, texts: Sequence[str], pairs: Sequence[str] | None) -> str:

@@ -22,8 +22,11 @@ class Method(Reducer):
   reducers: Sequence[Reducer] = ()
 
   def check(self, depth: int, heads: int) -> None:
-    for reducer in self.reducers:
-      reducer.check(depth, heads)
+    for place, reducer in enumerate(self.reducers):
+      try:
+        reducer.check(depth, heads)
+      except UserError as error:
+        raise UserError(str(error).replace('reducer.', f'reducer.reducers[{place}].')) from error
     run = self.blocks(depth)
     for reducer in self.reducers:
       if missing := [l for l in reducer.exits() if l not in run]:

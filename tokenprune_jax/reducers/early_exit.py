@@ -357,8 +357,12 @@ class Method(Reducer):
       'exits_run': memory['exits_run'] + 1,
       'exit_streak': streak,
     }
+    if train and self.own_segment:
+      tokens = tokens.replace(x=jax.lax.stop_gradient(tokens.x))
+      kept = {name: jax.lax.stop_gradient(memory[name]) for name in ('exit_pooled',) if name in memory}
+      return tokens, {**memory, **kept}
     if train:
-      return tokens.replace(x=jax.lax.stop_gradient(tokens.x)) if self.own_segment else tokens, memory
+      return tokens, memory
     if shares:
       doubt = jnp.broadcast_to(uncertainty(logits)[:, None], tokens.updated.shape)
       together = schedule.shared(self, layer, tokens.batch, tokens.length)

@@ -28,10 +28,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from tokenprune_jax import budget, schedule
 from tokenprune_jax.attention import Evidence
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.reducers import threshold
@@ -41,6 +43,7 @@ from tokenprune_jax.tokens import Tokens, leave
 TINY: dict = {'threshold': 0.015}
 NEUTRAL: dict = {'threshold': 0.0, 'scale': 0.0}
 CONTROLS = {'threshold': 'threshold', 'scale': 'scale', 'floor': 'floor'}
+MODE_ORDER = ('soft', 'hard')
 NORMS = ('received', 'per_live_token', 'per_padded_token')
 SOFT_FORMS = ('stream', 'output')
 # Of the attention that a token receives on average: where a floor is looked for first.
@@ -92,6 +95,14 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
   else:
     found = scaled(fields, target, validation)
   return {**found, **validation.calibrated(fields, lambda cost: cost.rows, found)}
+
+
+def least(fields: Mapping[str, Any], config: EncoderConfig, lengths: np.ndarray) -> float:
+  """MACs as a share of dense's where one token is left behind each layer that prunes, of texts of these lengths [N]."""
+  left = np.ones((len(lengths), config.depth))
+  if not fields.get('first_layer', Method.first_layer):
+    left[:, 0] = lengths
+  return budget.of_counts(config, lengths, left)
 
 
 class Deltas(nn.Module):

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from tokenprune_jax import budget, schedule
 from tokenprune_jax.attention import Evidence
+from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.reducers.topk import best
@@ -85,6 +86,20 @@ def scaled(counts_given: Sequence[int], target: float, validation: Any, whole: b
   return {'counts': tuple(counts(found).tolist())}
 
 
+def least(fields: Mapping[str, Any], config: EncoderConfig, lengths: np.ndarray) -> float:
+  """MACs as a share of dense's where one token is left behind each layer of texts of these lengths [N]."""
+  return budget.of_counts(config, lengths, np.ones((len(lengths), config.depth)))
+
+
+def check_length(fields: Mapping[str, Any], length: int) -> None:
+  """Raises UserError where a search has fewer ranks than texts have tokens."""
+  slots = fields.get('slots', Method.slots)
+  if fields.get('mode', Method.mode) == 'search' and length > slots:
+    raise UserError(
+      f'reducer.slots is {slots}, but texts have up to {length} tokens; set it to data.max_length'
+    )
+
+
 def expected(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:
   """A stand-in for what a search will hand on, by which later stages can be checked."""
   return {'counts': (1,) * depth} if fields.get('mode', 'hard') == 'search' else {}
@@ -145,10 +160,7 @@ class Method(Reducer):
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     if self.mode == 'hard':
       return tokens.replace(protected=tokens.protected | (tokens.position == 0)), {}
-    if inputs.ids.shape[1] > self.slots:
-      raise UserError(
-        f'reducer.slots is {self.slots}, but texts have up to {inputs.ids.shape[1]} tokens; set it to data.max_length'
-      )
+    check_length({'mode': self.mode, 'slots': self.slots}, inputs.ids.shape[1])
     r = bounded(self.retention(inputs.depth, self.slots))
     pressed = (jnp.arange(1, inputs.depth + 1)[:, None] * r).sum()
     rows = jnp.broadcast_to(r, (inputs.ids.shape[0], *r.shape))  # all of memory has an axis b

@@ -28,6 +28,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tokenprune_jax import backtracking, budget, flops, schedule
@@ -45,6 +46,7 @@ NEUTRAL: dict = {'mode': 'topk', 'keep': 1.0, 'factor': 4}
 CONTROLS = {'keep': 'keep', 'shift': 'shift'}
 READOUT = 'cls'  # what the shared tests read out
 MODES = ('distil', 'topk', 'soft', 'hard')
+MODE_ORDER = ('distil', 'soft', 'hard')
 EPSILON = 1e-7
 FURTHEST = 20.0  # of a shift: all tokens, or none but [CLS]
 
@@ -183,6 +185,14 @@ def gated(
   if mask.ndim == 3:
     planned, position = planned[:, None], position[:, None]
   return jnp.where(position < 0, mask, planned * (mask > 0))
+
+
+def least(fields: Mapping[str, Any], config: EncoderConfig, lengths: np.ndarray) -> float:
+  """MACs as a share of dense's where each layer takes in [CLS] alone: the ApproxNet's, of texts of these lengths [N]."""
+  factor = fields.get('factor', Method.factor)
+  narrow = dataclasses.replace(config, width=config.width // factor, hidden=max(config.hidden // factor, 1))
+  dense, own = (flops.dense_macs(each, 0, 'linear', lengths).sum() for each in (config, narrow))
+  return float((own + len(lengths) * config.depth * flops.block_macs(config, 1, 1, 1, 1)) / dense)
 
 
 def inherits(fields: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ def sampled_exits(key: Array, doubt: Float[Array, 'l b w'], valid: Bool[Array, '
   """The layer that each word exits at under a window and a delta drawn for its example; the last where nothing exits."""
   depth, rows = doubt.shape[:2]
   window, delta, exits = word_exit.sampled_settings(key, rows, WINDOWS, DELTAS)
-  factors = jnp.asarray(word_exit.thresholds(1.0, depth))[:, None]
+  factors = jnp.asarray(word_exit.thresholds(1.0, depth, cap=word_exit.UPPER))[:, None]
   found = word_exit.exit_layers(doubt, valid, window, jnp.minimum(factors * delta, SAMPLED_CAP))
   return jnp.where(exits[:, None], found, depth)
 
@@ -201,7 +201,7 @@ class Method(Reducer):
       raise UserError(
         "reducer.capacities and overflow_rate go with level='token', or with capacity_batch: sentences exit as a whole"
       )
-    if self.window < 1 or self.window % 2 == 0:
+    if self.window < 1 or self.window % 2 != 1:
       raise UserError(f'reducer.window is {self.window}; expected an odd number of words, 1 or more')
     never, always = LIMITS[self.criterion]
     if not min(never, always) <= self.threshold <= max(never, always):
