@@ -2,6 +2,7 @@
 
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -17,12 +18,22 @@ def parse(arguments):
   try:
     words = flags.FLAGS(arguments)[1:]
     given = {'config': CONFIG.value and CONFIG.value.to_dict(), 'workdir': WORKDIR.value}
+  except (AssertionError, ImportError, NameError, SyntaxError) as error:
+    raise UserError(place(error)) from error
   except (flags.Error, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
     raise UserError(cause(error, arguments)) from error
   wrong = [f'--{name} is missing' for name, value in given.items() if not value]
   if wrong or words:
     raise UserError(f'{", ".join(wrong) or f"{words[0]!r} is no flag"}. {__doc__}')
   return given['config'], given['workdir']
+
+
+def place(error):
+  """FILE:LINE: message, of a config file that is wrong Python."""
+  if isinstance(error, SyntaxError):
+    return f'{error.filename}:{error.lineno}: {error.msg}'
+  last = traceback.extract_tb(error.__traceback__)[-1]
+  return f'{last.filename}:{last.lineno}: {error or type(error).__name__}'
 
 
 def cause(error, arguments):

@@ -282,6 +282,16 @@ def texts(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file]
 
 
+def bbc_texts() -> list[str]:
+  """The training texts of BBC News, as the runs of seed 0 divide it."""
+  from tokenprune_jax import data, pretrained
+
+  length = CORPORA['bbc'].length
+  found = data.load({'name': 'bbc'}, pretrained.load('minilm-l6').tokenizer, length, data.cache_dir(), seed=0)
+  train = found.splits['train']
+  return [train.texts(i) for i in range(len(train))]
+
+
 def write_corpora(options: argparse.Namespace) -> None:
   """The pooled texts, and the shorter half of AG News by words. Raises UserError where the datasets are not there."""
   data, runs = pathlib.Path(options.data), pathlib.Path(options.runs)
@@ -295,17 +305,13 @@ def write_corpora(options: argparse.Namespace) -> None:
   names = ('pooled', 'ag_news_short')
   if all((runs / f'{name}.jsonl').exists() for name in names):
     return
-  from tokenprune_jax.data import datasets
-
   ag_news = texts(data / 'ag_news' / 'train.jsonl.gz')
   ag_news.sort(key=lambda row: len(row['text'].split()))
   sst2 = texts(data / 'sst2' / 'train.jsonl.gz')
   chosen = np.random.default_rng(0).permutation(len(sst2))[: CORPORA['sst2'].limit]
-  bbc = [path.read_bytes().decode('utf-8', 'replace') for path in datasets.package_files(
-    datasets.Bbc.PACKAGE, datasets.Bbc.VERSION, 'bbcnews/data/*/*.txt')]  # fmt: skip
   pooled = [{'text': sst2[i]['text'], 'label': 'sst2'} for i in chosen]
   pooled += [{'text': row['text'], 'label': 'ag_news'} for row in ag_news]
-  pooled += [{'text': text, 'label': 'bbc'} for text in bbc[::2]]
+  pooled += [{'text': text, 'label': 'bbc'} for text in bbc_texts()]
   runs.mkdir(parents=True, exist_ok=True)
   for name, lines in zip(names, (pooled, ag_news[: len(ag_news) // 2])):
     workdir.write_text(runs / f'{name}.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))

@@ -42,6 +42,7 @@ def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
       'shares': shares,
       'score': score,
       'seed': 0,
+      'rounding': 'down',
       'leavers': 'gone',
     }
     if variant == 'spatten':

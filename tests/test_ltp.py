@@ -11,7 +11,18 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch, requests
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, costs, families, flops, models, segments, serve, stages, train
+from tokenprune_jax import (
+  conversion,
+  costs,
+  families,
+  flops,
+  models,
+  schedule,
+  segments,
+  serve,
+  stages,
+  train,
+)
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs
@@ -65,6 +76,16 @@ def model_of(official, **fields):
   g, shape, *_ = official
   spec = {'name': 'ltp', 'threshold': float(g['final_token_threshold']), **OFFICIAL, **fields}
   return models.Classifier(shape, models.make_reducer(spec), 3, readout='cls', head='family')
+
+
+def test_the_cascade_keeps_and_counts_what_the_official_model_does(official):
+  _, shape, params, batch = official
+  g = np.load(GOLDEN / 'ltp_topk.npz')
+  spec = {'name': 'topk', 'shares': schedule.cascade(0.5, 4), 'score': 'cumulative', 'rounding': 'nearest'}
+  model = models.Classifier(shape, models.make_reducer(spec), 3, readout='cls', head='family').check()
+  output = apply(model, params, batch)
+  np.testing.assert_allclose(output.logits, g['topk_eval.logits'], atol=1e-5)
+  np.testing.assert_array_equal(np.asarray(output.trace.rows).T, g['topk_eval.n_ffn'])
 
 
 def test_the_hard_model_keeps_and_counts_what_the_official_one_does(official):

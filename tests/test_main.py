@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from absl.testing import flagsaver
 
+import main
 from tokenprune_jax import settings
+from tokenprune_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -55,6 +58,20 @@ def test_wrong_flags_are_one_line_and_status_2(flags, words):
   assert all(word in said for word in words), said
 
 
+@pytest.mark.parametrize(
+  ('wrong', 'words'),
+  [
+    ('return 1 +', ':2: invalid syntax'),
+    ('return lerning', ":2: name 'lerning' is not defined"),
+    ('import optaks', ":2: No module named 'optaks'"),
+  ],
+)
+def test_a_config_file_that_is_wrong_python_is_one_line_with_its_place(wrong, words, tmp_path, monkeypatch):
+  (tmp_path / 'mine.py').write_text(f'def get_config():\n  {wrong}\n')
+  with pytest.raises(UserError, match=f'mine.py{words}'), flagsaver.flagsaver():
+    main.parse(['main.py', f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path}'])
+
+
 def test_what_only_the_run_can_find_is_one_line_too(tmp_path):
   (tmp_path / 'file').write_text('')
   status, said = command('--config=configs/debug.py', f'--workdir={tmp_path / "file"}')
@@ -63,11 +80,11 @@ def test_what_only_the_run_can_find_is_one_line_too(tmp_path):
 
 
 def test_settings_of_reducers_and_stages_can_be_given_on_the_command_line(tmp_path):
-  flags = ['--config=configs/debug.py', f'--workdir={tmp_path}', '--config.stages[0].init=/nowhere']
-  status, said = command(*flags, '--config.reducer.reducers[0].alpha_important=0.5')
-  assert status == 2 and '/nowhere' in said
-  config = json.loads((tmp_path / 'config.json').read_text())
-  assert config['reducer']['reducers'][0]['alpha_important'] == 0.5
+  flags = ['--config=configs/debug.py', f'--workdir={tmp_path}']
+  status, said = command(*flags, '--config.stages[0].init=/nowhere')
+  assert status == 2 and "init is '/nowhere'" in said
+  status, said = command(*flags, '--config.reducer.reducers[0].alpha_important=1.5')
+  assert status == 2 and 'reducer.reducers[0].alpha_important=1.5' in said
 
 
 def test_every_variant_of_the_debug_config_is_sound():

@@ -27,7 +27,6 @@ from benchmarks.trained import SCORES  # noqa: E402
 from tests.reference import TINY_CONFIG, model_and_params  # noqa: E402
 from tests.test_accuracy_queue import fake_point, fake_result  # noqa: E402
 from tokenprune_jax import models, stages, workdir  # noqa: E402
-from tokenprune_jax.data import datasets  # noqa: E402
 from tokenprune_jax.errors import UserError  # noqa: E402
 
 PLAN = text_runs.PLANS['text_pruning']
@@ -99,7 +98,7 @@ def study(monkeypatch, tmp_path):
 
   monkeypatch.setattr(accuracy, 'run', made)
   monkeypatch.setattr(stages, 'at_budget', at_budget)
-  monkeypatch.setattr(datasets, 'package_files', lambda *_: [])
+  monkeypatch.setattr(text_runs, 'bbc_texts', list)
   monkeypatch.setattr(text_pruning, 'Trained', Trained)
   monkeypatch.setattr(text_pruning, 'with_approx', lambda *_: None)
   monkeypatch.setattr(

@@ -1,5 +1,7 @@
 """Top-k's scores and the schedules of others, against loops and the official numbers."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tokenprune_jax import tokens as stream
 from tokenprune_jax.models import make_reducer
 from tokenprune_jax.reducer import read_out
 
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
 BATCH = ragged_batch((14, 9, 5, 2, 1), 14)
 
 
@@ -18,6 +21,14 @@ def test_the_cascade_is_the_official_schedule():
   np.testing.assert_allclose(schedule.cascade(0.5, 12), official, atol=1e-4)
   assert schedule.cascade(0.5, 24)[4] == pytest.approx(0.975) and schedule.cascade(0.5, 24)[-1] == 0.5
   assert schedule.cascade(0.4, 2) == (1, 1)  # too shallow to prune
+
+
+def test_the_cascade_s_counts_are_the_official_ones():
+  g = np.load(GOLDEN / 'ltp_topk.npz')
+  for rate, official in zip(g['token_keep_rates'], g['keep_tokens']):
+    for share, counts in zip(schedule.cascade(float(rate), 12), official):
+      found = schedule.next_counts(share, 12, 'nearest')
+      assert [found[length] for length in g['lengths']] == counts.tolist()
 
 
 @pytest.mark.parametrize('keep', [0.2, 0.4, 0.666, 0.8])

@@ -82,6 +82,7 @@ def export(
   tensors = conversion.to_tensors(config, params, kind)
   raw = families.write_config(config, tuple(labels), kind)
   unfinished = folder.with_name(f'.{folder.name}.{os.getpid()}')
+  shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed and had this one's number
   try:
     unfinished.mkdir(parents=True)
     _write_json(unfinished / 'config.json', raw)
@@ -134,6 +135,7 @@ def _write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
 def _put(unfinished: Path, folder: Path) -> None:
   """Renames into place. An earlier export steps aside first, for a folder cannot be replaced in one step."""
   earlier = folder.with_name(f'.{folder.name}.{os.getpid()}.earlier')
+  shutil.rmtree(earlier, ignore_errors=True)
   if folder.exists():
     os.replace(folder, earlier)
   try:

@@ -8,10 +8,13 @@ from typing import Any
 from tokenprune_jax.errors import UserError
 
 
-def next_counts(ratio: float, length: int) -> tuple[int, ...]:
-  """next_counts[t] = floor(ratio * t) for t = 0 … length, at least 1 where t >= 1; exact in decimals."""
-  exact = Fraction(str(ratio))
-  return tuple(max(math.floor(exact * t), min(t, 1)) for t in range(length + 1))
+def next_counts(ratio: float, length: int, rounding: str = 'down') -> tuple[int, ...]:
+  """next_counts[t] = floor(ratio * t) for t = 0 … length, at least 1 where t >= 1; exact in decimals.
+
+  rounding: 'down', or 'nearest', a half to the even number.
+  """
+  exact, whole = Fraction(str(ratio)), round if rounding == 'nearest' else math.floor
+  return tuple(max(whole(exact * t), min(t, 1)) for t in range(length + 1))
 
 
 def cascade(keep: float, depth: int) -> tuple[float, ...]:

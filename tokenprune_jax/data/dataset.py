@@ -164,7 +164,7 @@ def class_names(source: Source, given: Sequence[Any]) -> tuple[str, ...]:
 
 def label_order(label: str) -> tuple[bool, int, str]:
   """Numbers by value, before names."""
-  number = label.removeprefix('-').isdecimal()
+  number = label.removeprefix('-').isdecimal() and len(label) < 20
   return not number, int(label) if number else 0, label
 
 

@@ -2,7 +2,8 @@
 
   score    a_j = mean over heads of sum_i A_hij (received), or of A_h0j (cls: the attention of [CLS]);
            the sum of the former over all layers so far (cumulative: SpAtten, arXiv 2012.09852); or random, the floor
-  counts   k_l = floor(share_l * t) of the example's t real tokens, at least 1
+  counts   k_l = floor(share_l * t) of the example's t real tokens, at least 1; or rounded to the nearest, as LTP's code has
+           SpAtten's cascade
   kept     the k_l best of those left; the others leave between attention and feed-forward, and never return
 
 PoWER-BERT learns its counts (power.py); here they are given: `shares` by layer, or `ratio`, the share of each
@@ -32,6 +33,9 @@ SCORES = {
 }  # -> the evidence it reads
 
 
+ROUNDINGS = ('down', 'nearest')
+
+
 def best(
   score: Float[Array, 'b n'], left: Bool[Array, 'b n'], protected: Bool[Array, 'b n'], counts: Int[Array, 'b']
 ) -> Bool[Array, 'b n']:
@@ -50,8 +54,10 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
   def shares(factor):
     return np.clip(np.round(factor * given, 6), 1e-6, 1.0)
 
+  whole = np.round if method.rounding == 'nearest' else np.floor
+
   def left(lengths, factor):
-    return np.maximum(np.floor(lengths[:, None] * shares(factor)), 1)
+    return np.maximum(whole(lengths[:, None] * shares(factor)), 1)
 
   found = budget.fixed_counts(target, validation, left, 1 / given.min(), 1.0)
   return {'shares': tuple(shares(found).tolist())}
@@ -66,6 +72,7 @@ class Method(Reducer):
   ] = ()  # by layer, share of the example's tokens that stay: takes the place of `ratio`
   score: str = 'received'  # or 'cls', 'cumulative', 'random'
   seed: int = 0  # of the score `random`
+  rounding: str = 'down'  # of counts, or 'nearest'
   # Or 'frozen': still attended to, no longer updated; 'unseen': updated, not attended to.
   leavers: str = 'gone'
 
@@ -78,7 +85,11 @@ class Method(Reducer):
         raise UserError(
           f'reducer.shares is {self.shares}; a token that left never returns, so they cannot rise'
         )
-    for key, value, choices in (('score', self.score, SCORES), ('leavers', self.leavers, LEAVERS)):
+    for key, value, choices in (
+      ('score', self.score, SCORES),
+      ('leavers', self.leavers, LEAVERS),
+      ('rounding', self.rounding, ROUNDINGS),
+    ):
       if value not in choices:
         raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
 
@@ -130,7 +141,7 @@ class Method(Reducer):
     score, memory = self.scored(tokens, memory, evidence, layer)
     if self.share(layer) == 1:
       return tokens, memory
-    counts = schedule.next_counts(self.share(layer), tokens.length)
+    counts = schedule.next_counts(self.share(layer), tokens.length, self.rounding)
     seen = tokens.seen if tokens.seen.ndim == 2 else tokens.seen.max(axis=1)
     left = (seen if self.leavers == 'unseen' else tokens.updated) > 0
     wanted = jnp.asarray(counts)[memory['topk_length']]
