@@ -48,8 +48,8 @@ def command() -> str:
 
 
 def made_by() -> dict[str, str | None]:
-  """Commit and command of a number that is written now."""
-  return {'commit': commit(), 'command': command()}
+  """Commit, command and processor of a number that is written now."""
+  return {'commit': commit(), 'command': command(), 'cpu': processor()}
 
 
 # Widest first.
@@ -237,9 +237,12 @@ def origin(document: Mapping[str, Any]) -> str:
   commits = {row.get('commit') for row in document.get('rows', ())} - {document['commit'], None}
   earlier = f' (other rows at {", ".join(sorted(commit[:12] for commit in commits))})' if commits else ''
   packages = ', '.join(f'{name} {version}' for name, version in document['versions'].items())
+  times = [row.get(name) or {} for row in document.get('rows', ()) for name in ('time', 'compact')]
+  cpus = sorted({time['cpu'] for time in times if time.get('cpu')} - {at['cpu']})
+  elsewhere = f' Times in part on {", ".join(cpus)}.' if cpus else ''
   return (
     f'Made by `{document["command"]}` at commit {(document["commit"] or "none")[:12]}{earlier}, on {at["cpu"]}, '
-    f'{at["cores"]} cores, {at["memory_gib"]} GiB; {packages}.\n'
+    f'{at["cores"]} cores, {at["memory_gib"]} GiB; {packages}.{elsewhere}\n'
   )
 
 

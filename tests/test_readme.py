@@ -63,5 +63,5 @@ def test_commands_name_files_and_variants_that_exist(tmp_path, monkeypatch):
   dense.mkdir(parents=True)
   (dense / 'config.json').write_text(json.dumps(settings.defaults()), encoding='utf-8')
   monkeypatch.chdir(tmp_path)
-  for config, variant in re.findall(r'--config=configs/(\w+)\.py:([\w,/-]+)', text):
+  for config, variant in re.findall(r'--config=configs/(\w+)\.py:([\w,/+-]+)', text):
     importlib.import_module(f'configs.{config}').get_config(variant)
