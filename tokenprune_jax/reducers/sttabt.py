@@ -335,6 +335,15 @@ class Method(Reducer):
       capacity=Capacity(slots=rooms[0], keys=rooms[0], rows=rooms[1]),
     )  # fmt: skip
 
+  def updated_alone(self, tokens: Tokens, depth: int, layer: int) -> Tokens:
+    """The stream behind a layer's attention: what was only attended to is needed no more, where there is room for the rest."""
+    room = None if self.mode == 'soft' else self.room(layer, depth, tokens.length)
+    if room is None:
+      return tokens
+    left = (tokens.updated > 0).astype(tokens.seen.dtype)
+    seen = tokens.seen * (left if tokens.seen.ndim == 2 else left[:, None])
+    return tokens.replace(seen=seen, capacity=tokens.capacity._replace(slots=room))
+
   def room(self, entry: int, depth: int, length: int) -> int | None:
     """How many tokens a plan's entry may hold; None: not known."""
     if entry == depth:
@@ -350,7 +359,7 @@ class Method(Reducer):
     self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
   ) -> tuple[Tokens, Memory]:
     if self.mode != 'distil':
-      return tokens, memory
+      return self.updated_alone(tokens, memory['plan'].shape[1] - 1, layer), memory
     assert evidence.weights is not None  # `reads` asked for it
     apart = map_divergence(evidence.weights, memory[f'approx_{layer}'], memory['valid'])
     return tokens, {**memory, 'loss': memory['loss'] + apart / self.layers(memory)}
