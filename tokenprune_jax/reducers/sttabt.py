@@ -336,7 +336,7 @@ class Method(Reducer):
     )  # fmt: skip
 
   def updated_alone(self, tokens: Tokens, depth: int, layer: int) -> Tokens:
-    """The stream behind a layer's attention: what was only attended to is needed no more, where there is room for the rest."""
+    """The stream behind a layer's attention, where it is known how many are updated: the others are needed no more."""
     room = None if self.mode == 'soft' else self.room(layer, depth, tokens.length)
     if room is None:
       return tokens
