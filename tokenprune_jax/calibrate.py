@@ -213,21 +213,25 @@ class Calibration:
   def in_time(self, share: float) -> Setting:
     """The dearest setting tried that takes at most `share` of dense's time, give or take NEAR.
 
-    Time follows multiply-adds nearly in proportion: each try moves the budget by what the last one was off. Raises
-    UserError where the share is not above 0 and at most 1, or no try is that fast, naming the fastest.
+    Time follows multiply-adds nearly in proportion: each try moves the budget by what the last one was off, and between
+    one that is refused and the cheapest that was not. Raises UserError where the share is not above 0 and at most 1, or no try is that fast, naming the fastest.
     """
     if not 0 < share <= 1:
       raise UserError(f"the time is {share}; it is a share of the dense model's, above 0 and at most 1")
     found: list[tuple[float, Setting]] = []
-    budget, refused = share, ''
+    tried: list[float] = []
+    budget, floor, refused = share, 0.0, ''
     for _ in range(TRIES):
+      if budget <= floor:
+        budget = (floor + min(tried)) / 2
       try:
         setting = self.at(budget)
       except UserError as error:
         if not found:
           raise
-        refused = f' ({error})'
-        break
+        floor, refused = budget, f' ({error})'
+        continue
+      tried.append(budget)
       took = self.time_of(setting.spec)
       found.append((took, setting._replace(time_ratio=took)))
       tell(found[-1][1])
