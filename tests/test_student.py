@@ -104,6 +104,8 @@ def test_a_teacher_of_another_run_answers_as_it_was_trained(tmp_path):
   ]
   told = [list(records[index]['probabilities']) for index in batch['index']]
   np.testing.assert_allclose(odds, told, atol=1e-4)
+  with pytest.raises(UserError, match='has the labels bees, cats, dogs; here they are x, y'):
+    initial.teacher(str(tmp_path / 'a'), model.config, ('x', 'y'))
   # A head that has learned to read something else is not taken.
   found = initial.from_run(str(tmp_path / 'a'), model.config, prepared.dataset.labels, 'mean', 'linear')
   assert set(found) == {'encoder', 'reducer'} or set(found) == {'encoder'}

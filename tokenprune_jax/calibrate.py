@@ -214,7 +214,8 @@ class Calibration:
     """The dearest setting tried that takes at most `share` of dense's time, give or take NEAR.
 
     Time follows multiply-adds nearly in proportion: each try moves the budget by what the last one was off, and between
-    one that is refused and the cheapest that was not. Raises UserError where the share is not above 0 and at most 1, or no try is that fast, naming the fastest.
+    one that is refused and the cheapest that was not. Raises UserError where the share is not above 0 and at most 1, or no
+    try is that fast, naming the fastest.
     """
     if not 0 < share <= 1:
       raise UserError(f"the time is {share}; it is a share of the dense model's, above 0 and at most 1")

@@ -92,6 +92,16 @@ def from_run(
   return {name: part for name, part in found.params.items() if name != 'head'}
 
 
+def teacher(folder: str, config: EncoderConfig, labels: Sequence[str]) -> pretrained.Exported:
+  """The model of a finished run that others learn from. Raises UserError where it answers with other labels."""
+  found = exported(folder, config, 'teacher')
+  if tuple(found.labels) != tuple(labels):
+    raise UserError(
+      f'the teacher {folder} has the labels {", ".join(found.labels)}; here they are {", ".join(labels)}.'
+    )
+  return found
+
+
 def exported(folder: str, config: EncoderConfig, key: str = 'init') -> pretrained.Exported:
   """The model of a finished run. key: that names it. Raises UserError where there is none, or one with another encoder."""
   model = pathlib.Path(folder) / 'model'

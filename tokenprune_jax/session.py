@@ -60,6 +60,10 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
       f'config.task.constrained is True, but the tags of {dataset.name} mark no spans: {", ".join(dataset.labels[:8])}; '
       'set it to False.'
     )
+  names = [stage['name'] for stage in config['stages']]
+  for stage in config['stages']:
+    if stage['teacher'] and stage['teacher'] not in names:
+      initial.teacher(stage['teacher'], weights.config, dataset.labels)
   sharding.on_first(lambda: workdir.settle_data(folder, dataset.identity()))
   writer.say(dataset.describe())
   check_budgets(config, weights, dataset.splits['valid'].lengths)

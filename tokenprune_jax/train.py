@@ -113,6 +113,7 @@ def run(config: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
         record = workdir.read_json(folder / 'stages' / f'{stage["name"]}.json')
         done[stage['name']] = Done(**record) if record else train_stage(session, stage, done, stop)
       if stop.number:  # came while the last stage ended
+        writer.say('stopped before the test; the same command goes on with it')
         raise Stopped(stop.number)
 
     # ------------------------------------------------------------------------------------------------ Test
@@ -334,11 +335,7 @@ def teacher_of(session: Session, teacher: str, done: Mapping[str, Done]) -> tupl
     return None, None
   if teacher in done:
     return make_model(session, done[teacher].reducer), best_params(session, teacher, done[teacher])
-  found = initial.exported(teacher, session.weights.config)
-  if tuple(found.labels) != tuple(session.dataset.labels):
-    raise UserError(
-      f'the teacher {teacher} has the labels {", ".join(found.labels)}; here they are {", ".join(session.dataset.labels)}.'
-    )
+  found = initial.teacher(teacher, session.weights.config, session.dataset.labels)
   places = sharding.state_shardings(session.mesh, found.params)
   task = {**session.config['task'], 'readout': found.readout, 'head': found.head}  # its own
   model = classifier({**session.config, 'task': task}, session.weights, found.reducer_spec, len(found.labels))
