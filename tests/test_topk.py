@@ -2,14 +2,16 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.reference import apply, model_and_params, ragged_batch
-from tokenprune_jax import schedule
+from tokenprune_jax import conversion, families, schedule
 from tokenprune_jax import tokens as stream
-from tokenprune_jax.models import make_reducer
+from tokenprune_jax.encoder_config import EncoderConfig
+from tokenprune_jax.models import Classifier, make_reducer
 from tokenprune_jax.reducer import read_out
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -29,6 +31,28 @@ def test_the_cascade_s_counts_are_the_official_ones():
     for share, counts in zip(schedule.cascade(float(rate), 12), official):
       found = schedule.next_counts(share, 12, 'nearest')
       assert [found[length] for length in g['lengths']] == counts.tolist()
+
+
+def test_it_keeps_and_answers_what_the_official_model_does_on_the_way_up():
+  g = np.load(GOLDEN / 'sttabt_forward.npz')
+  depth, heads, width, hidden = g['cfg'].tolist()
+  tensors = {f'bert.{name[2:]}': g[name] for name in g.files if name.startswith('w.')}
+  words, places = (len(g[f'w.embeddings.{kind}_embeddings.weight']) for kind in ('word', 'position'))
+  config = EncoderConfig(
+    vocab_size=words, width=width, depth=depth, heads=heads, hidden=hidden, max_positions=places, dropout=0.0,
+    attention_dropout=0.0, group_slots=0,
+  )  # fmt: skip
+  tensors |= {'classifier.weight': np.zeros((2, width)), 'classifier.bias': np.zeros(2)}
+  params = conversion.to_params(config, tensors, dict.fromkeys(tensors, 'golden'), 'golden', families.TEXTS)
+  shares = tuple(round(float(share), 4) for share in g['ks'])
+  model = Classifier(config, make_reducer({'name': 'topk', 'shares': shares}), 2, 'cls', 'family').check()
+  ids = g['input_ids']
+  batch = {'ids': ids, 'mask': g['attention_mask'] > 0, 'types': np.zeros_like(ids)}
+  output = apply(model, jax.tree.map(jnp.asarray, params), batch)
+  np.testing.assert_array_equal(np.asarray(output.trace.kept)[0], g['keep_in'])
+  # There the last feed-forward is of [CLS] alone.
+  np.testing.assert_array_equal(np.asarray(output.trace.rows)[0, :-1], g['keep_out'].sum(-1)[:-1])
+  np.testing.assert_allclose(output.read, g['cls_last_hidden'], atol=1e-5)
 
 
 @pytest.mark.parametrize('keep', [0.2, 0.4, 0.666, 0.8])
