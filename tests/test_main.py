@@ -84,7 +84,7 @@ def test_settings_of_reducers_and_stages_can_be_given_on_the_command_line(tmp_pa
   status, said = command(*flags, '--config.stages[0].init=/nowhere')
   assert status == 2 and "init is '/nowhere'" in said
   status, said = command(*flags, '--config.reducer.reducers[0].alpha_important=1.5')
-  assert status == 2 and 'reducer.reducers[0].alpha_important=1.5' in said
+  assert status == 2 and 'reducer.reducers[0].alpha_important is 1.5' in said
 
 
 def test_every_variant_of_the_debug_config_is_sound():
