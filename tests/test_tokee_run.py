@@ -96,7 +96,7 @@ def test_the_layers_that_words_exit_at(run):
   assert depths(0.45, wanted[:1], batch_size=1) == found[:1]
 
 
-def test_calibration_goes_by_the_f1_of_spans(run, capsys):
+def test_calibration_goes_by_the_f1_of_spans(run, capsys, monkeypatch):
   folder, _ = run
   assert calibrate.main([f'--run={folder}', '--macs=0.6', f'--out={folder}/cheap']) == 0
   said = capsys.readouterr().err
@@ -107,12 +107,15 @@ def test_calibration_goes_by_the_f1_of_spans(run, capsys):
   assert len(calibration.splits['valid'].words.sentences) == 8
   assert calibration.at(1.0).mac_ratio == pytest.approx(1, abs=0.02)
   assert calibration.at(1.0).spec['threshold'] == 0  # nothing removed is nothing, though exits cost a little
-  assert calibrate.main([f'--run={folder}', '--accuracy=100', '--documents=8']) == 2
-  assert 'no setting reaches 100.0% f1 on the validation split; the best there is' in capsys.readouterr().err
   with pytest.raises(
     UserError, match=r'the budget is 0.05, but .* where all exit at the first layer with an exit'
   ):
     calibration.at(0.05)
+  monkeypatch.setattr(calibration, 'at', lambda budget: calibrate.Setting({}, 0.5, budget, 'f1'))
+  with pytest.raises(
+    UserError, match='no setting reaches 90.0% f1 on the validation split; the best there is'
+  ):
+    calibration.cheapest(0.9)
 
 
 def test_sentences_from_another_run_and_what_cannot_be(run, data):
