@@ -108,7 +108,7 @@ def test_a_teacher_of_another_run_answers_as_it_was_trained(tmp_path):
     initial.teacher(str(tmp_path / 'a'), model.config, ('x', 'y'))
   # A head that has learned to read something else is not taken.
   found = initial.from_run(str(tmp_path / 'a'), model.config, prepared.dataset.labels, 'mean', 'linear')
-  assert set(found) == {'encoder', 'reducer'} or set(found) == {'encoder'}
+  assert 'encoder' in found and set(found) <= {'encoder', 'reducer'}
 
 
 # Texts of several lengths, and a batch with a filler.

@@ -310,7 +310,7 @@ def test_the_folder_may_be_given_as_text(tmp_path):
     train.run({'sead': 1}, str(pathlib.Path(tmp_path) / 'run'))
 
 
-SOFT, HARD = {'mode': 'soft'}, {'mode': 'hard'}
+SOFT = {'mode': 'soft'}
 LTP = {'name': 'ltp', 'target_macs': 0.8, 'first_layer': True}
 SHORT = [{'text': f'{a} {b}', 'label': 'xy'[ord(b) % 2]} for a in 'abcdefgh' for b in 'klmnopqr']
 
@@ -363,7 +363,7 @@ def test_a_budget_that_these_texts_cannot_meet_is_refused_before_training(spec, 
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
-def test_a_best_checkpoint_that_is_gone_is_followed_by_the_best_of_what_is_left(tmp_path, capsys):
+def test_a_best_checkpoint_that_is_gone_is_followed_by_the_best_of_what_is_left(tmp_path):
   wanted = config(checkpoint__keep=3)
   outcome = train.run(wanted, tmp_path)
   best = outcome['stages']['tune']['best_step']

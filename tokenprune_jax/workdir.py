@@ -128,8 +128,9 @@ def refuse_data(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
   """Raises UserError naming what differs from the data.json of a run, if there is one."""
   path = folder / 'data.json'
   earlier = read_json(path)
-  changed = [name for name in identity if earlier is not None and earlier.get(name) != identity[name]]
-  if earlier is not None and changed:
+  if earlier is None:
+    return
+  if changed := [name for name in identity if earlier.get(name) != identity[name]]:
     rows = '; '.join(f'{name} was {earlier.get(name)} and is now {identity[name]}' for name in changed)
     raise UserError(
       f'{path} is of other data: {rows}. Put the files back that this run began with, or choose another --workdir.'

@@ -359,8 +359,9 @@ class Method(Reducer):
     }
     if train and self.own_segment:
       tokens = tokens.replace(x=jax.lax.stop_gradient(tokens.x))
-      kept = {name: jax.lax.stop_gradient(memory[name]) for name in ('exit_pooled',) if name in memory}
-      return tokens, {**memory, **kept}
+      if self.head == 'mixed':
+        memory['exit_pooled'] = jax.lax.stop_gradient(memory['exit_pooled'])
+      return tokens, memory
     if train:
       return tokens, memory
     if shares:

@@ -189,8 +189,7 @@ def gated(
 
 def least(fields: Mapping[str, Any], config: EncoderConfig, lengths: np.ndarray) -> float:
   """MACs as a share of dense's where each layer takes in [CLS] alone: the ApproxNet's, of texts of these lengths [N]."""
-  factor = fields.get('factor', Method.factor)
-  narrow = dataclasses.replace(config, width=config.width // factor, hidden=max(config.hidden // factor, 1))
+  narrow = Method(factor=fields.get('factor', Method.factor)).narrow(config)
   dense, own = (flops.dense_macs(each, 0, 'linear', lengths).sum() for each in (config, narrow))
   return float((own + len(lengths) * config.depth * flops.block_macs(config, 1, 1, 1, 1)) / dense)
 
