@@ -65,8 +65,10 @@ def soft_parts(
   scores = scores.astype(jnp.float32)
   top = jax.lax.stop_gradient(jnp.max(jnp.where(seen > 0, scores, -jnp.inf), axis=-1, keepdims=True))
   top = jnp.where(jnp.isfinite(top), top, 0.0)
-  # An unseen key may score above the maximum: bounded, so that 0 * exp never is 0 * inf.
-  exps = jnp.exp(jnp.minimum(scores - top, 30.0)) * seen
+  # An unseen key may score far above the maximum. It counts as if it scored as much: seeing it would not move a row by more
+  # than to its value, while the slope at 0 of the whole exponential explodes over a few layers.
+  above = scores - top
+  exps = jnp.exp(jnp.where(above > 0, 0, above)) * seen
   return exps, 1 / (exps.sum(-1, keepdims=True) + EPSILON)
 
 
