@@ -172,11 +172,10 @@ def test_inference_keeps_no_whole_map(reads):
 
 def test_the_slope_of_an_unseen_key_is_what_seeing_it_can_do():
   scores, seen, values = jnp.array([[0.0, 1.0, 60.0]]), jnp.array([[1.0, 1.0, 0.0]]), jnp.array([1.0, 2.0, 5.0])
-  mixed = lambda seen: (attention.soft_weights(scores, seen) * values).sum()
-  slope = np.asarray(jax.grad(mixed)(seen))
+  slope = np.asarray(jax.grad(lambda seen: (attention.soft_weights(scores, seen) * values).sum())(seen))
   exps = np.exp([-1.0, 0.0, 0.0])
   row = (exps[:2] @ values[:2]) / exps[:2].sum()
-  np.testing.assert_allclose(slope, exps / exps[:2].sum() * (np.asarray(values) - row), rtol=1e-5)
+  np.testing.assert_allclose(slope[0], exps / exps[:2].sum() * (np.asarray(values) - row), rtol=1e-5)
   # The key that scores highest among the seen ones keeps the whole slope of its score.
   by_score = np.asarray(jax.grad(lambda s: (attention.soft_weights(s, seen) * values).sum())(scores))
   share = exps[:2] / exps[:2].sum()

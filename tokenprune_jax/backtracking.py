@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenprune_jax.attention import Terms, by_passes, scaled_scores
+from tokenprune_jax.attention import Terms, by_passes, hard_parts, scaled_scores
+from tokenprune_jax.grouping import on_one_cpu
 from tokenprune_jax.tokens import descending_rank
 
 Layer = Callable[[Float[Array, 'b q']], Float[Array, 'b n']]
 EPSILON = 1e-7
 TEMPERATURE = 0.1
+ROWS = 64  # of one step of a walk through them
+NEGLIGIBLE = 1e-8  # against the 1 that at least [CLS] is asked for: below what float32 tells apart
 MIX = 0.1  # how much of an output's own score goes into what it asks of the layer below
 
 
@@ -32,11 +35,19 @@ def of_map(weights: Float[Array, 'b n n']) -> Layer:
   return lambda asked: jnp.einsum('bi,bij->bj', asked, weights[:, : asked.shape[1]])
 
 
-def standings(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
-  """Answers from how keys stand among their row's, in [0, 1]: the normal CDF of standardised scores before softmax.
+def shares(terms: Terms, valid: Bool[Array, 'b n'], train: bool = False) -> Layer:
+  """Answers from attention weights, which are made when asked."""
 
-  Made when asked, only the rows that are asked for, a few heads at a time.
-  """
+  def given(states, bias, asked):
+    query, key, valid = states
+    exps, share = hard_parts(scaled_scores(query, key, bias), valid[..., None, :])
+    return jnp.einsum('bhqk,bhq->bhk', exps, share[..., 0] * asked[:, None])
+
+  return rows_of(given, terms, valid, train)
+
+
+def standings(terms: Terms, valid: Bool[Array, 'b n'], train: bool = False) -> Layer:
+  """Answers from how keys stand among their row's, in [0, 1]: the normal CDF of standardised scores before softmax."""
 
   def given(states, bias, asked):
     query, key, valid = states
@@ -50,11 +61,42 @@ def standings(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
     heads = jnp.broadcast_to(asked[:, None], sides.shape[:3])
     return 0.5 * valid * (jnp.einsum('bhqk,bhq->bhk', sides, heads) + heads.sum(-1, keepdims=True))
 
+  return rows_of(given, terms, valid, train)
+
+
+def rows_of(given: Callable, terms: Terms, valid: Bool[Array, 'b n'], train: bool) -> Layer:
+  """given((query, key, valid), bias, asked) -> [b h n] as what answers: the rows that are asked for, a few at a time.
+
+  At inference on one CPU device, where rows of each example can be walked through, those that are asked for as good as
+  nothing are left out. train: with a gradient.
+  """
+
+  def every(query, bias, asked):
+    states = query, terms.key, valid[:, None].astype(jnp.float32)
+    return by_passes(given, states, bias, asked).mean(1)
+
+  def some(example):
+    query, key, valid, asked, bias = example  # [h q e], [h n e], [n], [q], [#h q n] or None
+    place = jnp.argsort(-asked)
+    place = jnp.pad(place, (0, -len(place) % ROWS))
+
+    def step(i, total):
+      at = jax.lax.dynamic_slice_in_dim(place, i * ROWS, ROWS)
+      here = jnp.where(i * ROWS + jnp.arange(ROWS) < len(asked), asked[at], 0)
+      states = query[:, at][None], key[None], valid[None, None]
+      return total + given(states, None if bias is None else bias[:, at][None], here[None])[0]
+
+    count = -(-(asked > NEGLIGIBLE).sum() // ROWS)
+    return jax.lax.fori_loop(0, count, step, jnp.zeros((len(key), len(valid)))).mean(0)
+
   def answer(asked):
     q = asked.shape[1]
-    bias = None if terms.bias is None else terms.bias[:, :, :q]
-    states = terms.query[:, :, :q], terms.key, valid[:, None].astype(jnp.float32)
-    return by_passes(given, states, bias, asked).mean(1)
+    query, bias = terms.query[:, :, :q], None if terms.bias is None else terms.bias[:, :, :q]
+    if train or q <= ROWS or not on_one_cpu():
+      return every(query, bias, asked)
+    if bias is not None:
+      bias = jnp.broadcast_to(bias, (len(asked), *bias.shape[1:]))
+    return jax.lax.map(some, (query, terms.key, valid.astype(jnp.float32), asked, bias))
 
   return answer
 

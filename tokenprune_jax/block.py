@@ -19,14 +19,14 @@ from tokenprune_jax.tokens import Tokens
 
 
 class Rows(NamedTuple):
-  """The slots whose state a half-block computes; place and kept are None where that is all of them.
+  """The slots whose state a half-block computes; place and kept are None where that is all of them, kept where the first.
 
   Axis g is b, or 1 where the batch is one long row of m = b n slots (`together`); otherwise m = n.
   """
 
   x: Array  # [g q d]
   updated: Array  # [g q]
-  place: Array | None  # [g q]
+  place: Array | None  # [#g q]
   kept: Array | None  # [g m]
   overflow: Array  # [b] bool
   together: bool = False
@@ -42,6 +42,8 @@ def updated_rows(tokens: Tokens, compact: bool) -> Rows:
   capacity = stream.room(wanted, x.shape[1])
   if not compact or capacity is None:
     return Rows(tokens.x, tokens.updated, None, None, jnp.zeros(b, bool))
+  if stream.leading(tokens):
+    return Rows(x[:, :capacity], updated[:, :capacity], jnp.arange(capacity)[None], None, jnp.zeros(b, bool))
   index, kept, overflow = stream.select(updated > 0, capacity)  # `stream.fit` has chosen those that stay
   updated = jnp.take_along_axis(jnp.where(kept, updated, 0), index, axis=1)
   overflow = jnp.broadcast_to(overflow, b)
@@ -50,8 +52,10 @@ def updated_rows(tokens: Tokens, compact: bool) -> Rows:
 
 def put_back(tokens: Tokens, rows: Rows, x: Float[Array, 'g q d']) -> Float[Array, 'b n d']:
   """The stream's states with the computed rows in their slots; all others keep theirs."""
-  if rows.kept is None:
+  if rows.place is None:
     return x
+  if rows.kept is None:
+    return jnp.concatenate([x, tokens.x[:, x.shape[1] :]], axis=1)
   placed, shape = stream.spread(x, rows.kept), tokens.x.shape
   return jnp.where(rows.kept.reshape(*shape[:2], 1), placed.reshape(shape), tokens.x)
 

@@ -23,6 +23,8 @@ class Capacity(NamedTuple):
   keys: key/value slots of one head in the next attention. rows: slots whose state the next blocks update.
   slots: slots of the whole stream (a slot that is neither seen nor updated may leave). batch_rows: in place of `rows`, for
   all examples of the batch together, however they share them. examples: of the batch, that are not answered yet.
+  by_score: at this decision and at all later ones those of the highest `score` survive, so that the stream may be put in its
+  order once and from then on be cut.
   """
 
   keys: int | None = None
@@ -30,6 +32,7 @@ class Capacity(NamedTuple):
   slots: int | None = None
   batch_rows: int | None = None
   examples: int | None = None
+  by_score: bool = False
 
 
 class Tokens(struct.PyTreeNode):
@@ -51,6 +54,7 @@ class Tokens(struct.PyTreeNode):
   batch: int = struct.field(pytree_node=False, default=0)
   added: int = struct.field(pytree_node=False, default=0)  # trailing slots that are not input tokens
   moved: bool = struct.field(pytree_node=False, default=False)  # slot i is no longer input token i
+  ranked: bool = struct.field(pytree_node=False, default=False)  # slots stand by falling score
   capacity: Capacity = struct.field(pytree_node=False, default=Capacity())
 
 
@@ -163,7 +167,28 @@ def compress(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
   slots = room(tokens.capacity.slots, tokens.x.shape[1])
   if slots is None:
     return tokens, jnp.zeros(tokens.x.shape[0], bool)
-  return gather_live(tokens, slots)
+  if not tokens.capacity.by_score or tokens.added:
+    return gather_live(tokens, slots)
+  overflow = live(tokens).sum(-1) > slots
+  return cut(tokens if tokens.ranked else in_order(tokens), slots), overflow
+
+
+def in_order(tokens: Tokens) -> Tokens:
+  """Live slots by falling score, of equal ones the first, then the others."""
+  order = jnp.argsort(jnp.where(live(tokens), -score_of(tokens), jnp.inf), axis=-1, stable=True)
+  return gathered(tokens, order).replace(moved=True, ranked=True)
+
+
+def cut(tokens: Tokens, slots: int) -> Tokens:
+  """The first slots; those that are not live become empty."""
+  tokens = slotwise(lambda field, axis: jax.lax.slice_in_dim(field, 0, slots, axis=axis), tokens)
+  return emptied(tokens, live(tokens))
+
+
+def leading(tokens: Tokens) -> bool:
+  """Whether the slots that a capacity keeps are the first ones."""
+  alone = tokens.capacity.batch_rows is None and not tokens.added
+  return tokens.ranked and tokens.capacity.by_score and alone
 
 
 def fit(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
@@ -178,7 +203,10 @@ def fit(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
   if slots is None:
     return tokens, jnp.zeros(b, bool)
   updated = tokens.updated
-  stay = highest(jnp.where(updated > 0, score_of(tokens), -jnp.inf).reshape(shape), slots).reshape(b, n)
+  if leading(tokens):
+    stay = jnp.arange(n) < slots
+  else:
+    stay = highest(jnp.where(updated > 0, score_of(tokens), -jnp.inf).reshape(shape), slots).reshape(b, n)
   return tokens.replace(updated=updated * stay), ((updated > 0) & ~stay).any(-1)
 
 
@@ -242,7 +270,7 @@ def leave(
   guarded = tokens.protected[:, : score.shape[-1]]
   score = jnp.where(guarded if score.ndim == 2 else guarded[:, None], jnp.inf, score)
   stay = jnp.pad(stay, added, constant_values=True).astype(tokens.updated.dtype)
-  tokens = tokens.replace(score=jnp.pad(score, added, constant_values=jnp.inf))
+  tokens = tokens.replace(score=jnp.pad(score, added, constant_values=jnp.inf), ranked=False)
   room = None if capacity is None else capacity + tokens.added
   if leavers != 'unseen':
     tokens = tokens.replace(updated=tokens.updated * stay, capacity=tokens.capacity._replace(rows=room))
@@ -261,30 +289,35 @@ def empty_rows(tokens: Tokens, left: Bool[Array, 'b']) -> Tokens:
 
 
 def take(tokens: Tokens, index: Int[Array, 'b k'], kept: Bool[Array, 'b n']) -> Tokens:
-  """Every field gathered at `index`; slots that are not `kept` become empty (unseen, not updated)."""
-  filled = jnp.take_along_axis(kept, index, axis=1)
+  """Every field gathered at `index`; slots that are not `kept` become empty."""
+  taken = gathered(tokens, index).replace(x=gather_rows(tokens.x, index, kept), moved=True, ranked=False)
+  return emptied(taken, jnp.take_along_axis(kept, index, axis=1))
 
-  def pick(field):
-    return jnp.take_along_axis(field, index, axis=1) * filled
 
-  def pick_mask(mask):
-    if mask.ndim == 2:
-      return pick(mask)
-    return jnp.take_along_axis(mask, index[:, None, :], axis=2) * filled[:, None, :]
+def gathered(tokens: Tokens, index: Int[Array, 'b k']) -> Tokens:
+  """Every field at `index`."""
 
-  def pick_carry(leaf):
-    return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 2)), axis=1)
+  def pick(field, axis):
+    shape = [1] * field.ndim
+    shape[0], shape[axis] = index.shape
+    return jnp.take_along_axis(field, index.reshape(shape), axis=axis)
+
+  return slotwise(pick, tokens)
+
+
+def emptied(tokens: Tokens, filled: Bool[Array, 'b k']) -> Tokens:
+  """The stream in which slots that are not `filled` are empty: unseen, not updated, no input token's."""
+
+  def masked(mask):
+    return mask * (filled if mask.ndim == 2 else filled[:, None])
 
   return tokens.replace(
-    x=gather_rows(tokens.x, index, kept),
-    seen=pick_mask(tokens.seen),
-    updated=pick(tokens.updated),
-    protected=jnp.take_along_axis(tokens.protected, index, axis=1) & filled,
-    position=jnp.where(filled, jnp.take_along_axis(tokens.position, index, axis=1), -1),
-    size=pick(tokens.size),
-    score=None if tokens.score is None else pick_mask(tokens.score),
-    carry=jax.tree.map(pick_carry, tokens.carry),
-    moved=True,
+    seen=masked(tokens.seen),
+    updated=masked(tokens.updated),
+    protected=tokens.protected & filled,
+    position=jnp.where(filled, tokens.position, -1),
+    size=masked(tokens.size),
+    score=None if tokens.score is None else masked(tokens.score),
   )
 
 

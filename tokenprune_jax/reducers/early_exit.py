@@ -367,5 +367,5 @@ class Method(Reducer):
     if shares:
       doubt = jnp.broadcast_to(uncertainty(logits)[:, None], tokens.updated.shape)
       together = schedule.shared(self, layer, tokens.batch, tokens.length)
-      tokens = tokens.replace(score=doubt, capacity=tokens.capacity._replace(**together))
+      tokens = tokens.replace(score=doubt, capacity=tokens.capacity._replace(by_score=False, **together))
     return empty_rows(tokens, memory['exited']), memory

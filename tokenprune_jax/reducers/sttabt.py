@@ -54,8 +54,8 @@ FURTHEST = 20.0  # of a shift: all tokens, or none but [CLS]
 class Watcher(Reducer):
   """Removes nothing, and remembers of every layer the evidence that it keeps.
 
-  keeps 'map': attention weights; 'terms': what scores are made of; 'scores': those of every head, and states [b n d]
-  (0: embeddings), from which there is something to learn.
+  keeps 'terms': what scores are made of; 'scores': those of every head, and states [b n d] (0: embeddings), from which
+  there is something to learn.
   """
 
   keeps: str = 'scores'
@@ -280,8 +280,7 @@ class Method(Reducer):
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     config, depth = self.narrow(inputs.encoder), inputs.encoder.depth
-    keeps = {'distil': 'scores', 'topk': 'map'}.get(self.mode, 'terms')
-    seen, logits = self.approx(config, inputs, keeps)
+    seen, logits = self.approx(config, inputs, 'scores' if self.mode == 'distil' else 'terms')
     valid = inputs.mask.astype(jnp.float32)
     memory = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', inputs.mask.sum(-1))}
     if self.mode == 'distil':
@@ -303,11 +302,11 @@ class Method(Reducer):
         **watched,
       }
     if self.mode == 'topk':
-      layers = [backtracking.of_map(seen[f'map_{l}']) for l in range(1, depth + 1)]
+      layers = [backtracking.shares(seen[f'terms_{l}'], inputs.mask) for l in range(1, depth + 1)]
       count = asked(self.controlled(inputs, 'keep'), inputs.mask.sum(-1))
       plan = backtracking.top_k(layers, inputs.mask, [count] * depth, self.mix)
     else:
-      layers = [backtracking.standings(seen[f'terms_{l}'], inputs.mask) for l in range(1, depth + 1)]
+      layers = [backtracking.standings(seen[f'terms_{l}'], inputs.mask, train) for l in range(1, depth + 1)]
       theta = self.thresholds(depth, self.theta)
       shifted = theta + self.controlled(inputs, 'shift')[:, None]
       plan, _ = backtracking.concrete(layers, inputs.mask, shifted, self.mix)
@@ -331,7 +330,7 @@ class Method(Reducer):
     return tokens.replace(
       seen=gated(tokens.seen, of(layer), tokens), updated=gated(tokens.updated, of(layer + 1), tokens),
       score=jnp.take_along_axis(plan.sum(1), place, axis=1) * real,
-      capacity=Capacity(slots=rooms[0], keys=rooms[0], rows=rooms[1]),
+      capacity=Capacity(slots=rooms[0], keys=rooms[0], rows=rooms[1], by_score=True),
     )  # fmt: skip
 
   def updated_alone(self, tokens: Tokens, depth: int, layer: int) -> Tokens:
