@@ -274,6 +274,7 @@ def main() -> None:
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
   parser.add_argument('--out', default='results/serve.json')
   options = parser.parse_args()
+  speed.check_methods(parser, options)
   path = pathlib.Path(options.out)
   command = report.command()
   header, rows, missing = report.resumed(path, command, lambda row: row['dataset'], options.datasets)

@@ -280,6 +280,13 @@ def numbers(text: str) -> list[int]:
   return [int(word) for word in text.split(',')]
 
 
+def check_methods(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+  """Ends the program where `--methods` names one that there is not."""
+  known = specs(CONFIGS[options.model].depth)
+  if unknown := [name for name in options.methods if name not in known]:
+    parser.error(f'--methods: there is no {unknown[0]!r}; choose from {", ".join(known)}')
+
+
 def main() -> None:
   """Measures, writes and prints."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -301,11 +308,7 @@ def main() -> None:
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
   parser.add_argument('--out', default='results/speed.json')
   options = parser.parse_args()
-  unknown = [name for name in options.methods if name not in specs(CONFIGS[options.model].depth)]
-  if unknown:
-    parser.error(
-      f'--methods: there is no {unknown[0]!r}; choose from {", ".join(specs(CONFIGS[options.model].depth))}'
-    )
+  check_methods(parser, options)
   wrong = [name for name in options.executor if name not in EXECUTORS]
   if wrong:
     parser.error(f'--executor: there is no {wrong[0]!r}; choose from {", ".join(EXECUTORS)}')

@@ -13,12 +13,17 @@ from tokenprune_jax.attention import Terms
 G = np.load(pathlib.Path(__file__).parent / 'golden' / 'backtracking.npz')
 
 
+def of_map(weights):
+  """Answers from a map [b n n] that is there."""
+  return lambda asked: jnp.einsum('bi,bij->bj', asked, weights[:, : asked.shape[1]])
+
+
 def counts_of(values, rows=1):
   return [jnp.full(rows, int(value)) for value in values]
 
 
 def test_the_golden_plan_of_top_k():
-  layers = [backtracking.of_map(jnp.asarray(weights)[None]) for weights in G['golden_abt.attn_mean']]
+  layers = [of_map(jnp.asarray(weights)[None]) for weights in G['golden_abt.attn_mean']]
   plan = backtracking.top_k(
     layers, jnp.ones((1, 5), bool), counts_of(G['golden_abt.ks']), float(G['golden_abt.p'])
   )
@@ -31,7 +36,7 @@ def test_top_k_is_the_official_plan(tag, mix):
   maps = [jnp.asarray(weights)[None] for weights in G['abt.attn_headmean']]
   every = jnp.ones((1, maps[0].shape[-1]), bool)  # the official function does not look at its mask
   plan = backtracking.top_k(
-    [backtracking.of_map(weights) for weights in maps], every, counts_of(G['abt.kcount']), mix
+    [of_map(weights) for weights in maps], every, counts_of(G['abt.kcount']), mix
   )
   np.testing.assert_array_equal(plan[0], G[f'abt.keep_mask_{tag}'])
 
@@ -95,7 +100,7 @@ def test_plans_shrink_upwards_and_hold_no_padding():
   weights = [jax.nn.softmax(jnp.where(valid[:, None, None], layer, -1e9), -1).mean(1) for layer in scores]
   counts = [jnp.array([5, 3, 1])] * 3
   for plan in (
-    backtracking.top_k(list(map(backtracking.of_map, weights)), valid, counts),
+    backtracking.top_k(list(map(of_map, weights)), valid, counts),
     concrete(scores, valid, jnp.zeros(3))[0],
   ):
     assert (np.diff(np.asarray(plan), axis=1) <= 1e-7).all()
@@ -119,6 +124,28 @@ def test_thresholds_have_a_gradient_everywhere():
 
   gradient = jax.grad(kept)(jnp.full(3, -0.5))
   assert np.isfinite(gradient).all() and (np.asarray(gradient) >= 0).all() and float(gradient.sum()) > 0
+
+
+@pytest.mark.parametrize('biases', [0, 1, 3])
+def test_shares_are_the_mean_maps_and_only_rows_that_are_asked_for_are_made(biases, monkeypatch):
+  rng = np.random.default_rng(2)
+  query, key = (jnp.asarray(rng.normal(size=(3, 2, 21, 4)), jnp.float32) for _ in range(2))
+  bias = jnp.asarray(rng.normal(size=(biases, 2, 21, 21)), jnp.float32) if biases else None
+  valid = jnp.arange(21)[None] < jnp.array([21, 9, 1])[:, None]
+  asked = jnp.asarray(rng.random((3, 21)) * (rng.random((3, 21)) < 0.4), jnp.float32) * valid
+  asked = asked.at[0].set(jnp.arange(21.0)).at[2].set(0)  # all of a text, and nothing of another
+  scores = jnp.einsum('bhqe,bhke->bhqk', query, key) / 2 + (0 if bias is None else bias)
+  maps = jax.nn.softmax(jnp.where(valid[:, None, None], scores, -1e9), -1).mean(1)
+  answer = backtracking.shares(Terms(query, key, bias), valid)
+  for rows in (64, 4):
+    monkeypatch.setattr(backtracking, 'ROWS', rows)
+    for given in (asked, asked[:, :7], asked[:, :1]):
+      np.testing.assert_allclose(answer(given), of_map(maps)(given), atol=1e-5)
+  few, made = asked.at[0].set(asked[1]), []
+  monkeypatch.setattr(backtracking, 'hard_parts', lambda *given: made.append(1) or attention.hard_parts(*given))
+  with jax.disable_jit():
+    answer(few)
+  assert len(made) == -(-int((few > 0).sum(1).max()) // 4) < 21 // 4
 
 
 @pytest.mark.parametrize('biased', [False, True])

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -226,6 +227,66 @@ def test_rows_that_a_plan_has_no_room_for_leave_by_their_score():
   tokens, overflow = stream.settled(tokens)
   assert np.flatnonzero(np.asarray(tokens.updated[0])).tolist() == [7, 8, 9, 10, 11] and bool(overflow[0])
   assert float(trace.rows[0, 0]) == room and bool(trace.overflow[0])
+
+
+@pytest.mark.parametrize('mode', ['topk', 'hard'])
+def test_states_are_gathered_once_and_then_cut(mode):
+  """The plan's order is the order of the stream: as `mask` in values and gradient, and as it is where there is no room."""
+  spec = {'name': 'sttabt', 'mode': mode, 'keep': 0.15, 'theta': -2.0, 'factor': 4}
+  batch = jax.tree.map(jnp.asarray, ragged_batch((40, 33, 9, 1), 40))
+  model, params = model_and_params(spec, readout='cls')
+
+  def gradient(model):
+    def loss(params):
+      output = model.apply({'params': params}, batch)
+      return jax.nn.log_softmax(output.logits)[:, 0].sum(), output
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  (_, masked), wanted = gradient(model)
+  needed = np.asarray(masked.trace.keys).max(0)
+  assert needed[0] < 40 and (np.diff(needed) <= 0).all() and needed[-1] < needed[0]
+  for spare, lost in ((0, False), (-2, True)):
+    capacities = tuple(float(n + spare) / 40 for n in needed)
+    compact = models.make_reducer({**spec, 'capacities': capacities})
+    compact = model.clone(reducer=compact, executor='compact')
+    (_, output), found = gradient(compact)
+    assert np.asarray(output.trace.overflow).any() == lost
+    if not lost:
+      np.testing.assert_allclose(output.logits, masked.logits, atol=1e-5)
+      np.testing.assert_allclose(output.trace.kept, masked.trace.kept, atol=1e-6)
+      np.testing.assert_allclose(output.trace.rows, masked.trace.rows, atol=1e-6)
+      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, wanted)
+    program = jax.make_jaxpr(lambda p, m=compact: m.apply({'params': p}, batch).logits)(params)
+    width = model.config.width
+    states = [
+      eqn for eqn in equations(program.jaxpr)
+      if eqn.primitive.name == 'gather' and eqn.outvars[0].aval.shape[-1:] == (width,)
+      and eqn.invars[0].aval.ndim == 3
+    ]  # fmt: skip
+    assert len(states) == 1  # besides the read-out and the tables of embeddings
+
+
+@pytest.mark.parametrize('mode', ['topk', 'hard'])
+def test_the_walk_is_counted_with_the_rows_that_it_asks_for(mode):
+  batch, real = jax.tree.map(jnp.asarray, ragged_batch((12, 5, 1), 12)), np.array([12, 5, 1])
+  model, params = model_and_params({'name': 'sttabt', 'mode': mode, 'keep': 0.2, 'factor': 4}, readout='cls')
+  output = apply(model, params, batch)
+  depth, narrow = model.config.depth, model.reducer.narrow(model.config)
+  if mode == 'topk':  # of each layer the rows that the next one needs, of the last the first
+    rows = np.asarray(output.trace.rows).sum(-1)
+  else:
+    rows = (depth - 1) * real + 1
+  expected = rows * real * (narrow.width + narrow.heads)
+  np.testing.assert_allclose(output.trace.overhead['plan'], expected, rtol=1e-6)
+
+
+def equations(jaxpr):
+  """All of a program, inner ones included."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      yield from equations(inner)
 
 
 class Scored(Reducer):

@@ -95,3 +95,12 @@ def test_compress_follows_the_capacity_and_flags_overflow():
 
 def test_descending_rank_breaks_ties_by_position():
   assert np.asarray(stream.descending_rank(jnp.array([1.0, 3.0, 1.0, 3.0]))).tolist() == [2, 0, 3, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9), st.integers(-1, 10))
+def test_highest_is_what_ranks_say(values, count):
+  values = jnp.array([values, values[::-1]], jnp.float32)
+  expected = np.asarray(stream.descending_rank(values)) < count
+  assert np.asarray(stream.highest(values, count)).tolist() == expected.tolist()
+  assert np.asarray(stream.highest(values, jnp.full((2, 1), count))).tolist() == expected.tolist()

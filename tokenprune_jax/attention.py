@@ -4,7 +4,6 @@ weight = exp(score - max) * seen / (sum + eps), the maximum over seen keys and w
 removal, and a soft mask has a gradient. Shapes: b batch, h heads, q queries, k keys, e width of a head.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ class Evidence(NamedTuple):
 
   received [b h n]: weights summed over updated queries; 0 where unseen. own [b h n]: what a slot gives to itself.
   entropy [b h n]: entropy in nats of how that attention spreads over the queries. first_row [b h n]: the weights of
-  query 0 ([CLS]). weights [b h n n]: all. map [b n n]: their mean over heads. scores [b h n n]: before the softmax.
+  query 0 ([CLS]). weights [b h n n]: all. scores [b h n n]: before the softmax.
   magnitude [b h]: of what a head puts out, absolute values summed over updated queries and features. terms: what a method
   makes maps of itself, where no keys are gathered (the executor `mask`). Always there: projected [b], states that a layer
   projects, for queries and outputs and for keys and values; and how many layers have run, this one included.
@@ -47,7 +46,6 @@ class Evidence(NamedTuple):
   entropy: Array | None = None
   first_row: Array | None = None
   weights: Array | None = None
-  map: Array | None = None
   scores: Array | None = None
   magnitude: Array | None = None
   terms: Terms | None = None
@@ -132,8 +130,6 @@ def read(
     found['first_row'] = exps[..., 0, :] * share[..., 0, :]
   if 'weights' in reads:
     found['weights'] = exps * share
-  if 'map' in reads:
-    found['map'] = over_heads(exps * share)[..., 0, :, :] / exps.shape[-3]
   return {name: value for name, value in found.items() if name in reads}
 
 
@@ -145,12 +141,6 @@ def over_queries(values: Float[Array, '*b h q k'], counted: Float[Array, '*b h q
   weighted = values * counted[..., None]
   # The barrier keeps XLA from making one sum of the two again, which it computes column by column.
   return jax.lax.optimization_barrier(weighted.reshape(*outer, q // 8, 8, k).sum(-2)).sum(-2)
-
-
-def over_heads(values: Float[Array, '*b h q k']) -> Float[Array, '*b 1 q k']:
-  """Sum over the heads: as a sum of slices, which XLA fuses into one pass along the rows."""
-  heads = (values[..., head : head + 1, :, :] for head in range(values.shape[-3]))
-  return functools.reduce(jnp.add, heads)
 
 
 class Mixing(NamedTuple):
@@ -180,8 +170,7 @@ def mix(
   where masks are soft. own: see `read`.
   """
   drops = how.dropout and rng is not None
-  light_enough = LIGHT | {'map'} if how.kernel == 'plain' else LIGHT
-  if not how.soft and not drops and set(how.reads) <= light_enough:
+  if not how.soft and not drops and set(how.reads) <= LIGHT:
     if how.kernel == 'plain':
       mixed, found = in_passes(query, key, value, seen, updated, bias, how.reads)
     else:
@@ -240,20 +229,15 @@ def in_passes(
       found['received'] = jnp.einsum('bhqk,bhq->bhk', exps, updated[:, None] * share[..., 0])
     if 'first_row' in reads:
       found['first_row'] = exps[:, :, 0] * share[:, :, 0]
-    if 'map' in reads:
-      found['map'] = over_heads(exps * share)
     return mixture(exps, share, value), jax.lax.stop_gradient(found)
 
-  mixed, found = by_passes(some, (query, key, value, seen), bias, updated)
-  if 'map' in reads:
-    found['map'] = found['map'].sum(1) / query.shape[1]
-  return mixed, found
+  return by_passes(some, (query, key, value, seen), bias, updated)
 
 
 def by_passes(
   some: Callable, states: tuple[Array, ...], bias: Float[Array, '#b #h q k'] | None, common: Array
 ) -> Any:
-  """some(states, bias, common) -> arrays [b h …] of attention maps, a few of these at a time; [b 1 …] become [b passes …].
+  """some(states, bias, common) -> arrays [b h …] of attention maps, a few of these at a time.
 
   states: query [b h q e], key [b h k e] and more [b #h …]; common [b …]: the same for all heads.
   """

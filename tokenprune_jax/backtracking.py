@@ -14,14 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenprune_jax.attention import Terms, by_passes, hard_parts, scaled_scores
-from tokenprune_jax.grouping import on_one_cpu
-from tokenprune_jax.tokens import descending_rank
+from tokenprune_jax.tokens import highest, select
 
 Layer = Callable[[Float[Array, 'b q']], Float[Array, 'b n']]
 EPSILON = 1e-7
 TEMPERATURE = 0.1
-ROWS = 64  # of one step of a walk through them
-NEGLIGIBLE = 1e-8  # against the 1 that at least [CLS] is asked for: below what float32 tells apart
+ROWS = 64  # of attention maps, that are made at a time
 MIX = 0.1  # how much of an output's own score goes into what it asks of the layer below
 
 
@@ -30,24 +28,38 @@ def class_token(valid: Bool[Array, 'b n']) -> Float[Array, 'b n']:
   return (jnp.arange(valid.shape[1])[None] == 0) * jnp.ones(valid.shape)
 
 
-def of_map(weights: Float[Array, 'b n n']) -> Layer:
-  """Answers from a map that is there."""
-  return lambda asked: jnp.einsum('bi,bij->bj', asked, weights[:, : asked.shape[1]])
-
-
-def shares(terms: Terms, valid: Bool[Array, 'b n'], train: bool = False) -> Layer:
-  """Answers from attention weights, which are made when asked."""
+def shares(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
+  """Answers from attention weights, without gradient: only the rows that are asked for are made, a few at a time."""
 
   def given(states, bias, asked):
     query, key, valid = states
     exps, share = hard_parts(scaled_scores(query, key, bias), valid[..., None, :])
-    return jnp.einsum('bhqk,bhq->bhk', exps, share[..., 0] * asked[:, None])
+    return jnp.einsum('bhqk,bhq->bhk', exps, share[..., 0] * asked[:, None]).mean(1)
 
-  return rows_of(given, terms, valid, train)
+  def answer(asked):
+    (query, key, seen), bias = jax.lax.stop_gradient(rows_of(terms, valid, asked.shape[1]))
+    size = min(ROWS, asked.shape[1])
+    place, *_ = select(asked > 0, asked.shape[1])
+    place, count = jnp.pad(place, ((0, 0), (0, -place.shape[1] % size))), (asked > 0).sum(-1)
+
+    def step(i, total):
+      at = jax.lax.dynamic_slice_in_dim(place, i * size, size, axis=1)
+      left = i * size + jnp.arange(size) < count[:, None]
+      here = jnp.where(left, jnp.take_along_axis(asked, at, axis=1), 0)
+      rows = jnp.take_along_axis(query, at[:, None, :, None], axis=2)
+      own = None if bias is None else jnp.take_along_axis(bias, at[:, None, :, None], axis=2)
+      return total + given((rows, key, seen), own, here)
+
+    return jax.lax.fori_loop(0, -(-count.max() // size), step, jnp.zeros(seen[:, 0].shape))
+
+  return answer
 
 
-def standings(terms: Terms, valid: Bool[Array, 'b n'], train: bool = False) -> Layer:
-  """Answers from how keys stand among their row's, in [0, 1]: the normal CDF of standardised scores before softmax."""
+def standings(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
+  """Answers from how keys stand among their row's, in [0, 1]: the normal CDF of standardised scores before softmax.
+
+  Made when asked, a few heads at a time.
+  """
 
   def given(states, bias, asked):
     query, key, valid = states
@@ -61,44 +73,15 @@ def standings(terms: Terms, valid: Bool[Array, 'b n'], train: bool = False) -> L
     heads = jnp.broadcast_to(asked[:, None], sides.shape[:3])
     return 0.5 * valid * (jnp.einsum('bhqk,bhq->bhk', sides, heads) + heads.sum(-1, keepdims=True))
 
-  return rows_of(given, terms, valid, train)
+  return lambda asked: by_passes(given, *rows_of(terms, valid, asked.shape[1]), asked).mean(1)
 
 
-def rows_of(given: Callable, terms: Terms, valid: Bool[Array, 'b n'], train: bool) -> Layer:
-  """given((query, key, valid), bias, asked) -> [b h n] as what answers: the rows that are asked for, a few at a time.
-
-  At inference on one CPU device, where rows of each example can be walked through, those that are asked for as good as
-  nothing are left out. train: with a gradient.
-  """
-
-  def every(query, bias, asked):
-    states = query, terms.key, valid[:, None].astype(jnp.float32)
-    return by_passes(given, states, bias, asked).mean(1)
-
-  def some(example):
-    query, key, valid, asked, bias = example  # [h q e], [h n e], [n], [q], [#h q n] or None
-    place = jnp.argsort(-asked)
-    place = jnp.pad(place, (0, -len(place) % ROWS))
-
-    def step(i, total):
-      at = jax.lax.dynamic_slice_in_dim(place, i * ROWS, ROWS)
-      here = jnp.where(i * ROWS + jnp.arange(ROWS) < len(asked), asked[at], 0)
-      states = query[:, at][None], key[None], valid[None, None]
-      return total + given(states, None if bias is None else bias[:, at][None], here[None])[0]
-
-    count = -(-(asked > NEGLIGIBLE).sum() // ROWS)
-    return jax.lax.fori_loop(0, count, step, jnp.zeros((len(key), len(valid)))).mean(0)
-
-  def answer(asked):
-    q = asked.shape[1]
-    query, bias = terms.query[:, :, :q], None if terms.bias is None else terms.bias[:, :, :q]
-    if train or q <= ROWS or not on_one_cpu():
-      return every(query, bias, asked)
-    if bias is not None:
-      bias = jnp.broadcast_to(bias, (len(asked), *bias.shape[1:]))
-    return jax.lax.map(some, (query, terms.key, valid.astype(jnp.float32), asked, bias))
-
-  return answer
+def rows_of(
+  terms: Terms, valid: Bool[Array, 'b n'], count: int
+) -> tuple[tuple[Array, Array, Array], Array | None]:
+  """What the first rows' scores are made of: ((query, key, valid [b 1 n]), bias)."""
+  bias = None if terms.bias is None else terms.bias[:, :, :count]
+  return (terms.query[:, :, :count], terms.key, valid[:, None].astype(jnp.float32)), bias
 
 
 def standardised(scores: Float[Array, 'b h q n'], keys: Float[Array, 'b #h 1 n']) -> Float[Array, 'b h q n']:
@@ -138,7 +121,7 @@ def top_k(
 
   s_j = mean over needed i of A_ij (mix w_i + 1 - mix);  I = TopK(s) and all needed;  w_j = s_j / sum over I of s
 
-  layers: of attention weights, `of_map`. Returns masks of 0 and 1, l = layers + 1.
+  layers: of attention weights, `shares`. Returns masks of 0 and 1, l = layers + 1.
   """
   needed = impact = class_token(valid)
   plan = [needed]
@@ -146,7 +129,7 @@ def top_k(
     asked = needed * (mix * impact + 1 - mix)
     found = layer(asked if plan[1:] else asked[:, :1])  # the read-out needs the first token alone
     score = found / needed.sum(-1, keepdims=True)
-    best = descending_rank(jnp.where(valid, score, -jnp.inf)) < count[:, None]
+    best = highest(jnp.where(valid, score, -jnp.inf), count[:, None])
     needed = jnp.where((best & valid) | (needed > 0), 1.0, 0.0)
     impact = score * needed
     impact = impact / jnp.maximum(impact.sum(-1, keepdims=True), EPSILON)

@@ -19,7 +19,7 @@ from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tokens import Tokens
 
 # Sums over an attention map that evidence takes; the rest comes with the map or the states.
-NO_PASS = ('first_row', 'own', 'weights', 'scores', 'magnitude', 'terms', 'map')
+NO_PASS = ('first_row', 'own', 'weights', 'scores', 'magnitude', 'terms')
 PASSES = {'received': 1, 'entropy': 2, **dict.fromkeys(NO_PASS, 0)}
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 VECTOR = 8  # a CPU's loops are slower where a length is no multiple of it
 LEAVERS = ('gone', 'frozen', 'unseen')  # still attended to and no longer updated: frozen; the reverse: unseen
@@ -105,16 +105,34 @@ def select(
   return order, fits, overflow
 
 
-def highest(score: Num[Array, '*batch n'], count: int) -> Bool[Array, '*batch n']:
-  """The `count` highest scores, of equal ones the first: `descending_rank(score) < count` in a third of the time."""
-  n = score.shape[-1]
-  least = jnp.sort(score, axis=-1)[..., n - count : n - count + 1]
-  above, ties = score > least, score == least
+def highest(
+  score: Num[Array, '*batch n'], count: int | Int[Array, '*#batch 1']
+) -> Bool[Array, '*batch n']:
+  """The `count` highest scores, of equal ones the first: `descending_rank(score) < count` in a tenth of the time.
+
+  The least of them is found bit by bit, the highest first: the largest number that at least `count` are not below.
+  """
+  key = in_bits(score)
+
+  def with_bit(i, least):
+    more = least | (jnp.uint32(1 << 31) >> i)
+    return jnp.where((key >= more).sum(-1, keepdims=True) >= count, more, least)
+
+  least = jax.lax.fori_loop(0, 32, with_bit, jnp.zeros_like(key[..., :1]))
+  above, ties = key > least, key == least
   return above | (ties & (jnp.cumsum(ties, axis=-1) <= count - above.sum(-1, keepdims=True)))
 
 
+def in_bits(score: Num[Array, '*shape']) -> UInt32[Array, '*shape']:
+  """Whole numbers in the order of the scores as float32."""
+  score = score.astype(jnp.float32)
+  bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.uint32)  # -0 is 0
+  sign = jnp.uint32(1 << 31)
+  return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
 def descending_rank(score: Num[Array, '*batch n']) -> Int[Array, '*batch n']:
-  """0 for the highest score; equal scores rank in slot order. What top-k keeps is `descending_rank(score) < k`."""
+  """0 for the highest score; equal scores rank in slot order. What top-k keeps is `highest`."""
   order = jnp.argsort(-score, axis=-1, stable=True)
   return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
 

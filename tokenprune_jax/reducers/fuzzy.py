@@ -24,7 +24,7 @@ from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.schedule import check_capacities, next_counts, places
-from tokenprune_jax.tokens import Tokens, descending_rank, leave
+from tokenprune_jax.tokens import Tokens, highest, leave
 
 TINY: dict = {'ratio': 0.7, 'rule': 'protect'}
 NEUTRAL: dict = {'ratio': 1.0, 'rule': 'rank'}
@@ -76,12 +76,11 @@ def keep(
   protect: drops the candidates ranked below t_{l+1}. complement: keeps the core and floor(ratio * c) of c candidates.
   Any other rule: the t_{l+1} best.
   """
-  rank = descending_rank(jnp.where(valid, scores, -jnp.inf))
   if rule == 'complement':
     candidates = valid & ~core
-    best = descending_rank(jnp.where(candidates, scores, -jnp.inf)) < table[candidates.sum(-1, keepdims=True)]
+    best = highest(jnp.where(candidates, scores, -jnp.inf), table[candidates.sum(-1, keepdims=True)])
     return core | (candidates & best)
-  top = valid & (rank < counts[:, None, None])
+  top = valid & highest(jnp.where(valid, scores, -jnp.inf), counts[:, None, None])
   return top | core if rule == 'protect' else top
 
 

@@ -16,7 +16,7 @@ from tokenprune_jax import schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Inputs, Memory, Reducer
-from tokenprune_jax.tokens import Tokens, descending_rank
+from tokenprune_jax.tokens import Tokens, highest
 
 TINY: dict = {'shares': (1.0, 0.75, 0.5, 0.25)}
 NEUTRAL: dict = {}
@@ -24,7 +24,7 @@ NEUTRAL: dict = {}
 
 def kept_heads(importance: Float[Array, 'b h'], left: Bool[Array, 'b h'], count: int) -> Bool[Array, 'b h']:
   """The `count` most important of the heads that are left."""
-  return left & (descending_rank(jnp.where(left, importance, -jnp.inf)) < count)
+  return left & highest(jnp.where(left, importance, -jnp.inf), count)
 
 
 class Method(Reducer):

@@ -211,7 +211,10 @@ class Method(Reducer):
       return leave(tokens, stay, score, 'gone', room), memory
     # What only scales an output may scale any.
     spared = guarded & (self.protect or self.soft_form == 'stream')
-    soft = jnp.where(spared, 1, soft_mask(score, theta, self.temperature))
+    # A layer's mask is a hundred times as steep as its scores, and theirs hang on the masks below: with hard masks above them
+    # such a gradient grows from layer to layer, over twelve of them a millionfold. Under a budget thresholds learn alone.
+    learned = jax.lax.stop_gradient(score) if self.target_macs else score
+    soft = jnp.where(spared, 1, soft_mask(learned, theta, self.temperature))
     live = (tokens.size[:, :n] > 0).astype(soft.dtype)
     if 'loss' in memory:
       share = (

@@ -29,7 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from tokenprune_jax import backtracking, budget, flops, schedule
 from tokenprune_jax.attention import Evidence, soft_weights
@@ -187,11 +187,19 @@ def gated(
   return jnp.where(position < 0, mask, planned * (mask > 0))
 
 
+def walk_macs(config: EncoderConfig, rows: Num[Any, 'b L'], real: Num[Any, 'b']) -> Num[Any, 'b']:
+  """Multiply-adds of the walk: of so many rows of each of the ApproxNet's layers the scores again, and their weighted sums."""
+  return rows.sum(-1) * real * (config.width + config.heads)
+
+
 def least(fields: Mapping[str, Any], config: EncoderConfig, lengths: np.ndarray) -> float:
   """MACs as a share of dense's where each layer takes in [CLS] alone: the ApproxNet's, of texts of these lengths [N]."""
   narrow = Method(factor=fields.get('factor', Method.factor)).narrow(config)
   dense, own = (flops.dense_macs(each, 0, 'linear', lengths).sum() for each in (config, narrow))
-  return float((own + len(lengths) * config.depth * flops.block_macs(config, 1, 1, 1, 1)) / dense)
+  first = np.ones_like(lengths)
+  rows = first if fields.get('mode', Method.mode) == 'topk' else lengths
+  walked = walk_macs(narrow, np.stack([rows] * (config.depth - 1) + [first], axis=1), lengths).sum()
+  return float((own + walked + len(lengths) * config.depth * flops.block_macs(config, 1, 1, 1, 1)) / dense)
 
 
 def inherits(fields: Mapping[str, Any]) -> str:
@@ -282,7 +290,8 @@ class Method(Reducer):
     config, depth = self.narrow(inputs.encoder), inputs.encoder.depth
     seen, logits = self.approx(config, inputs, 'scores' if self.mode == 'distil' else 'terms')
     valid = inputs.mask.astype(jnp.float32)
-    memory = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', inputs.mask.sum(-1))}
+    real = valid.sum(-1)
+    memory = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', real)}
     if self.mode == 'distil':
       mine = self.widths(seen, inputs.encoder.width, depth)
       weight = valid.max(-1, keepdims=True) * jnp.ones_like(valid) if self.padding else valid
@@ -305,18 +314,21 @@ class Method(Reducer):
       layers = [backtracking.shares(seen[f'terms_{l}'], inputs.mask) for l in range(1, depth + 1)]
       count = asked(self.controlled(inputs, 'keep'), inputs.mask.sum(-1))
       plan = backtracking.top_k(layers, inputs.mask, [count] * depth, self.mix)
+      walked = plan[:, 1:].sum(-1)
     else:
-      layers = [backtracking.standings(seen[f'terms_{l}'], inputs.mask, train) for l in range(1, depth + 1)]
+      layers = [backtracking.standings(seen[f'terms_{l}'], inputs.mask) for l in range(1, depth + 1)]
       theta = self.thresholds(depth, self.theta)
       shifted = theta + self.controlled(inputs, 'shift')[:, None]
       plan, _ = backtracking.concrete(layers, inputs.mask, shifted, self.mix)
+      walked = jnp.broadcast_to(real[:, None], (len(real), depth)).at[:, -1].set(1)
       if train:
         moved, share = regularisers(theta, self.theta, plan, valid)
         memory['loss'] = self.theta_weight * moved + self.mask_weight * share
       if not (train and self.mode == 'soft'):
         plan = (plan >= 0.5).astype(plan.dtype)
-    plan = jnp.pad(plan, ((0, 0), (0, 0), (0, tokens.length - plan.shape[2])))
-    return self.followed(tokens, plan, 0, depth), {**memory, 'plan': plan}
+    memory |= {'plan': jnp.pad(plan, ((0, 0), (0, 0), (0, tokens.length - plan.shape[2])))}
+    memory |= {'macs_plan': walk_macs(config, walked, real)}
+    return self.followed(tokens, memory['plan'], 0, depth), memory
 
   def followed(self, tokens: Tokens, plan: Float[Array, 'b l n'], layer: int, depth: int) -> Tokens:
     """The stream behind a layer: what the next one takes in is seen, what the one after that takes in is updated."""

@@ -21,7 +21,7 @@ from tokenprune_jax import budget, lottery, schedule
 from tokenprune_jax.attention import Evidence
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
-from tokenprune_jax.tokens import LEAVERS, Tokens, descending_rank, leave, scatter_to_input
+from tokenprune_jax.tokens import LEAVERS, Tokens, highest, leave, scatter_to_input
 
 TINY: dict = {'shares': (0.8, 0.6, 0.6, 0.3)}
 NEUTRAL: dict = {'ratio': 1.0}
@@ -41,7 +41,7 @@ def best(
 ) -> Bool[Array, 'b n']:
   """The `counts` best of the slots that are `left`; protected ones are the first to be chosen."""
   ranked = jnp.where(left, jnp.where(protected, jnp.inf, score), -jnp.inf)
-  return left & ((descending_rank(ranked) < counts[:, None]) | protected)
+  return left & (highest(ranked, counts[:, None]) | protected)
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
