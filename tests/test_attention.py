@@ -170,7 +170,11 @@ def test_inference_keeps_no_whole_map(reads):
 
 
 def test_the_slope_of_an_unseen_key_is_what_seeing_it_can_do():
-  scores, seen, values = jnp.array([[0.0, 1.0, 60.0]]), jnp.array([[1.0, 1.0, 0.0]]), jnp.array([1.0, 2.0, 5.0])
+  scores, seen, values = (
+    jnp.array([[0.0, 1.0, 60.0]]),
+    jnp.array([[1.0, 1.0, 0.0]]),
+    jnp.array([1.0, 2.0, 5.0]),
+  )
   slope = np.asarray(jax.grad(lambda seen: (attention.soft_weights(scores, seen) * values).sum())(seen))
   exps = np.exp([-1.0, 0.0, 0.0])
   row = (exps[:2] @ values[:2]) / exps[:2].sum()

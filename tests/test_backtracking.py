@@ -35,9 +35,7 @@ def test_the_golden_plan_of_top_k():
 def test_top_k_is_the_official_plan(tag, mix):
   maps = [jnp.asarray(weights)[None] for weights in G['abt.attn_headmean']]
   every = jnp.ones((1, maps[0].shape[-1]), bool)  # the official function does not look at its mask
-  plan = backtracking.top_k(
-    [of_map(weights) for weights in maps], every, counts_of(G['abt.kcount']), mix
-  )
+  plan = backtracking.top_k([of_map(weights) for weights in maps], every, counts_of(G['abt.kcount']), mix)
   np.testing.assert_array_equal(plan[0], G[f'abt.keep_mask_{tag}'])
 
 
@@ -142,7 +140,9 @@ def test_shares_are_the_mean_maps_and_only_rows_that_are_asked_for_are_made(bias
     for given in (asked, asked[:, :7], asked[:, :1]):
       np.testing.assert_allclose(answer(given), of_map(maps)(given), atol=1e-5)
   few, made = asked.at[0].set(asked[1]), []
-  monkeypatch.setattr(backtracking, 'hard_parts', lambda *given: made.append(1) or attention.hard_parts(*given))
+  monkeypatch.setattr(
+    backtracking, 'hard_parts', lambda *given: made.append(1) or attention.hard_parts(*given)
+  )
   with jax.disable_jit():
     answer(few)
   assert len(made) == -(-int((few > 0).sum(1).max()) // 4) < 21 // 4

@@ -223,6 +223,10 @@ def test_a_budget_has_the_value_of_hard_masks_and_a_gradient_that_lowers_it():
     delta = delta - 0.2 * jax.grad(lambda delta: run(delta).loss)(delta)
   found = run(delta)
   assert abs(float(found.macs.sum() / found.dense_macs.sum()) - 0.4) < 0.1
+  # Thresholds learn alone: a score hangs on the masks of all layers below, whose slopes would multiply.
+  slopes = jax.grad(lambda params: apply(model, params, BATCH, train=True, rngs=RNGS).loss)(params)
+  assert all(not np.asarray(slope).any() for slope in jax.tree.leaves(slopes['encoder']))
+  assert np.asarray(slopes['reducer']['learned']['delta']).any()
 
 
 @pytest.mark.parametrize('first_layer', [False, True])

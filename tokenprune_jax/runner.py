@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenprune_jax import costs, data, evaluate, initial, models, pretrained, request, specs
-from tokenprune_jax.errors import UserError
+from tokenprune_jax import costs, data, evaluate, initial, models, pretrained, specs
 
 SHORTEST = 32  # slots of the smallest batch shape; the others double it
 
@@ -41,11 +40,7 @@ class Runner:
     self, split: data.Split, batch_size: int, controls: Mapping[str, Any] | None = None
   ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(example, what `forward` says of it). Raises UserError for a control that the method has not, or a wrong value."""
-    given = request.checked_controls(controls or {})
-    config, known = self.model.config, specs.controls(self.model.reducer)
-    if unknown := sorted(set(given) - set(known)):
-      raise UserError(f'unknown control {unknown[0]!r}; this method has: {", ".join(known) or "none"}.')
-    specs.check_controls(self.model.reducer, given, config.depth, config.heads)
+    given = specs.given_controls(self.model, controls or {})
     for batch in self.batches(split, batch_size):
       batch = costs.with_controls(batch, given)
       result = jax.device_get(self.forward(self.params, batch))

@@ -42,7 +42,7 @@ def places(share: float, length: int) -> int:
   return max(math.ceil(share * length - 1e-6), 1)
 
 
-def shared(method: Any, layer: int, batch: int, length: int) -> dict[str, int]:
+def shared(method: Any, layer: int, batch: int, length: int) -> dict[str, Any]:
   """What a batch shares behind a layer, by a method's `batch_capacities` (`costs.Validation.batch_capacities`).
 
   Fields of a `Capacity`; none where the method has none, or where fewer than its `capacity_batch` examples would share.

@@ -26,7 +26,7 @@ from tokenprune_jax.buckets import Buckets, Place
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.ladder import COARSE, LENGTHS, Ladder
 from tokenprune_jax.models import Classifier
-from tokenprune_jax.request import Answer, Reader, Request, checked_controls
+from tokenprune_jax.request import Answer, Reader, Request
 from tokenprune_jax.segments import Bucket, Programs, Report, State
 
 STARTED = 2  # batches whose results were not read yet: the host works while the device does
@@ -77,16 +77,12 @@ class Server:
   ):
     if queue < 1:
       raise UserError(f'queue is {queue}; it is how many requests may wait, 1 or more.')
-    config, known = model.config, specs.controls(model.reducer)
-    if unknown := sorted(set(controls or {}) - set(known)):
-      raise UserError(f'unknown control {unknown[0]!r}; this method has: {", ".join(known) or "none"}.')
-    controls = checked_controls(controls or {})
+    config, controls = model.config, specs.given_controls(model, controls or {})
 
     @functools.lru_cache(maxsize=1024)
     def refuse(given: tuple[tuple[str, float], ...]) -> None:
       specs.check_controls(model.reducer, dict(given), config.depth, config.heads)
 
-    refuse(tuple(controls.items()))
     self.labels = tuple(labels)
     self.model, self.queue, self.words = model, queue, model.reducer.needs_words()
     self.ladder = (ladder or Ladder(COARSE if self.words else LENGTHS)).settled(config.max_length)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from tokenprune_jax import reducers
+from tokenprune_jax import reducers, request
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.models import whole_spec
+from tokenprune_jax.models import Classifier, whole_spec
 from tokenprune_jax.reducer import Reducer
 
 # Fields that the executor `mask` does not read.
@@ -102,6 +102,16 @@ def controls(reducer: Reducer) -> tuple[str, ...]:
   """What a request may set of a method, and of the members of a chain: what their files name in CONTROLS."""
   own = getattr(sys.modules[type(reducer).__module__], 'CONTROLS', {})
   return (*own.values(), *(name for member in getattr(reducer, 'reducers', ()) for name in controls(member)))
+
+
+def given_controls(model: Classifier, given: Mapping[str, Any]) -> dict[str, float]:
+  """Controls as numbers. Raises UserError for one that the model's method has not, or a value that it cannot have."""
+  known = controls(model.reducer)
+  if unknown := sorted(set(given) - set(known)):
+    raise UserError(f'unknown control {unknown[0]!r}; this method has: {", ".join(known) or "none"}.')
+  found = request.checked_controls(given)
+  check_controls(model.reducer, found, model.config.depth, model.config.heads)
+  return found
 
 
 def check_controls(reducer: Reducer, given: Mapping[str, float], depth: int, heads: int) -> None:

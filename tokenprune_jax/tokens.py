@@ -105,9 +105,7 @@ def select(
   return order, fits, overflow
 
 
-def highest(
-  score: Num[Array, '*batch n'], count: int | Int[Array, '*#batch 1']
-) -> Bool[Array, '*batch n']:
+def highest(score: Num[Array, '*batch n'], count: int | Int[Array, '*#batch 1']) -> Bool[Array, '*batch n']:
   """The `count` highest scores, of equal ones the first: `descending_rank(score) < count` in a tenth of the time.
 
   The least of them is found bit by bit, the highest first: the largest number that at least `count` are not below.

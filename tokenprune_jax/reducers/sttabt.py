@@ -188,7 +188,7 @@ def gated(
 
 
 def walk_macs(config: EncoderConfig, rows: Num[Any, 'b L'], real: Num[Any, 'b']) -> Num[Any, 'b']:
-  """Multiply-adds of the walk: of so many rows of each of the ApproxNet's layers the scores again, and their weighted sums."""
+  """Multiply-adds of the walk: of so many rows of each ApproxNet layer the scores again, and their weighted sums."""
   return rows.sum(-1) * real * (config.width + config.heads)
 
 
