@@ -223,10 +223,15 @@ def test_a_budget_has_the_value_of_hard_masks_and_a_gradient_that_lowers_it():
     delta = delta - 0.2 * jax.grad(lambda delta: run(delta).loss)(delta)
   found = run(delta)
   assert abs(float(found.macs.sum() / found.dense_macs.sum()) - 0.4) < 0.1
-  # Thresholds learn alone: a score hangs on the masks of all layers below, whose slopes would multiply.
+
+
+@pytest.mark.parametrize('share', [0.0, 1.0])
+def test_under_a_budget_scores_get_a_share_of_the_gradient(share):
+  spec = {'name': 'ltp', 'mode': 'soft', 'target_macs': 0.4, 'threshold': 0.01, 'score_gradient': share}
+  model, params = model_and_params(spec)
   slopes = jax.grad(lambda params: apply(model, params, BATCH, train=True, rngs=RNGS).loss)(params)
-  assert all(not np.asarray(slope).any() for slope in jax.tree.leaves(slopes['encoder']))
   assert np.asarray(slopes['reducer']['learned']['delta']).any()
+  assert any(np.asarray(slope).any() for slope in jax.tree.leaves(slopes['encoder'])) == (share > 0)
 
 
 @pytest.mark.parametrize('first_layer', [False, True])
@@ -304,6 +309,7 @@ def test_three_stages_meet_the_budget_on_validation(tmp_path):
     ({'score_norm': 'mean'}, "score_norm is 'mean'"),
     ({'soft_form': 'no'}, "soft_form is 'no'"),
     ({'scale': -1.0}, 'scale is -1.0'),
+    ({'score_gradient': 1.5}, 'score_gradient is 1.5; expected a share'),
     ({'floor': -1.0}, 'floor is -1.0'),
     ({'capacities': (0.5,)}, 'capacities needs 4 shares'),
   ],

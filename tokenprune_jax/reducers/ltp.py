@@ -63,6 +63,11 @@ def soft_mask(
   return jax.nn.sigmoid((score - theta) / temperature)
 
 
+def flatter(x: Float[Array, '*b'], share: float) -> Float[Array, '*b']:
+  """x with that share of its gradient."""
+  return share * x + (1 - share) * jax.lax.stop_gradient(x)
+
+
 def straight_through(hard: Float[Array, '*b'], soft: Float[Array, '*b']) -> Float[Array, '*b']:
   """The value of `hard` with the gradient of `soft`."""
   return hard + (soft - jax.lax.stop_gradient(soft))
@@ -122,6 +127,9 @@ class Method(Reducer):
   weight: float = 0.1  # of the loss on masks, or on the budget
   # The budget, as a share of dense's multiply-adds; 0: none, masks are pushed down by `weight` alone.
   target_macs: float = 0.0
+  # Under a budget, the share of the masks' gradient that the scores get too. They hang on the masks below, each a hundred times
+  # as steep as its scores: over twelve layers the whole of it grows a millionfold.
+  score_gradient: float = 0.0
   scale: float = 1.0  # factor of all thresholds: how a trained model meets its budget
   floor: float = 0.0  # lowest threshold of the first layer that prunes, in the unit of `threshold`; 0: none
   score_norm: str = 'received'  # or 'per_live_token', 'per_padded_token'
@@ -138,6 +146,8 @@ class Method(Reducer):
         raise UserError(f'reducer.{key} is {getattr(self, key)}; expected {low} or more')
     if not self.temperature > 0:
       raise UserError(f'reducer.temperature is {self.temperature}; expected a number above 0')
+    if not 0 <= self.score_gradient <= 1:
+      raise UserError(f'reducer.score_gradient is {self.score_gradient}; expected a share from 0 to 1')
     for key, value, choices in (
       ('mode', self.mode, ('hard', 'soft')),
       ('score_norm', self.score_norm, NORMS),
@@ -211,10 +221,9 @@ class Method(Reducer):
       return leave(tokens, stay, score, 'gone', room), memory
     # What only scales an output may scale any.
     spared = guarded & (self.protect or self.soft_form == 'stream')
-    # A layer's mask is a hundred times as steep as its scores, and theirs hang on the masks below: with hard masks above them
-    # such a gradient grows from layer to layer, over twelve of them a millionfold. Under a budget thresholds learn alone.
-    learned = jax.lax.stop_gradient(score) if self.target_macs else score
-    soft = jnp.where(spared, 1, soft_mask(learned, theta, self.temperature))
+    if self.target_macs:
+      score = flatter(score, self.score_gradient)
+    soft = jnp.where(spared, 1, soft_mask(score, theta, self.temperature))
     live = (tokens.size[:, :n] > 0).astype(soft.dtype)
     if 'loss' in memory:
       share = (
