@@ -1,5 +1,6 @@
 """Searching for settings at which a method costs a stated share of dense's multiply-adds (`stages.at_budget`)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def from_zero(cost: Callable[[float], float], target: float, start: float) -> fl
 
   start: tried first. Raises UserError where the cost stays above.
   """
+  cost = functools.cache(cost)
   if abs(cost(start) - target) <= CLOSE:
     return start
   low, high = 0.0, max(start, 1e-3)

@@ -22,7 +22,8 @@ that is left there; what leaves first is saved in all layers behind.
 Controls of a request: `threshold`, `scale`, `floor` [b], in place of the fields.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -75,30 +76,31 @@ def straight_through(hard: Float[Array, '*b'], soft: Float[Array, '*b']) -> Floa
 
 def finish(fields: Mapping[str, Any], validation: Any) -> dict[str, Any]:
   """The scale at which validation meets the budget, where there is one; then capacities, where a rate is given."""
-  found = scaled(fields, fields['target_macs'], validation) if fields.get('target_macs') else {}
+  found = scaled(fields, fields['target_macs'], costing(validation)) if fields.get('target_macs') else {}
   return {**found, **validation.calibrated(fields, lambda cost: cost.rows, found)}
 
 
-def scaled(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, float]:
-  """The factor of all thresholds at which validation costs it, without a floor."""
+def costing(validation: Any) -> Callable[[float, float], float]:
+  """(scale, floor) -> what validation costs there, measured once."""
+  return functools.cache(lambda scale, floor: validation.mac_ratio({'scale': scale, 'floor': floor}))
 
-  def cost(scale):
-    return validation.mac_ratio({'scale': scale, 'floor': 0.0})
 
-  return {'scale': budget.from_zero(cost, target, fields.get('scale', Method.scale)), 'floor': 0.0}
+def scaled(
+  fields: Mapping[str, Any], target: float, cost: Callable[[float, float], float]
+) -> dict[str, float]:
+  """The factor of all thresholds at which it costs that much, without a floor."""
+  start = fields.get('scale', Method.scale)
+  return {'scale': budget.from_zero(lambda scale: cost(scale, 0.0), target, start), 'floor': 0.0}
 
 
 def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict[str, Any]:
   """The scale, as `budget` asks for it; below what a model was trained for the floor; capacities go with it."""
-  kept = {'scale': fields.get('scale', Method.scale)}
-
-  def cost(floor):
-    return validation.mac_ratio({**kept, 'floor': floor})
-
-  if fields.get('target_macs') and target < cost(0.0) - budget.CLOSE:
-    found = {**kept, 'floor': budget.from_zero(cost, target, fields.get('floor') or HALF)}
+  scale, cost = fields.get('scale', Method.scale), costing(validation)
+  if fields.get('target_macs') and target < cost(scale, 0.0) - budget.CLOSE:
+    start = fields.get('floor') or HALF
+    found = {'scale': scale, 'floor': budget.from_zero(lambda floor: cost(scale, floor), target, start)}
   else:
-    found = scaled(fields, target, validation)
+    found = scaled(fields, target, cost)
   return {**found, **validation.calibrated(fields, lambda cost: cost.rows, found)}
 
 
@@ -127,8 +129,8 @@ class Method(Reducer):
   weight: float = 0.1  # of the loss on masks, or on the budget
   # The budget, as a share of dense's multiply-adds; 0: none, masks are pushed down by `weight` alone.
   target_macs: float = 0.0
-  # Under a budget, the share of the masks' gradient that the scores get too. They hang on the masks below, each a hundred times
-  # as steep as its scores: over twelve layers the whole of it grows a millionfold.
+  # Under a budget, the share of the masks' gradient that the scores get too. They hang on the masks below, each a hundred
+  # times as steep as its scores: over twelve layers the whole of it grows a millionfold.
   score_gradient: float = 0.0
   scale: float = 1.0  # factor of all thresholds: how a trained model meets its budget
   floor: float = 0.0  # lowest threshold of the first layer that prunes, in the unit of `threshold`; 0: none
