@@ -14,6 +14,7 @@ BATCH = ragged_batch(LENGTHS, 14)
 HALF = {'name': 'topk', 'shares': (0.5, 0.5, 0.5, 0.5)}
 RANKED = {'name': 'fuzzy', 'ratio': 0.9, 'rule': 'rank'}
 PLANNED = {'name': 'sttabt', 'mode': 'topk', 'keep': 0.8}
+FEW = {**PLANNED, 'keep': 0.15}  # so that there is something to gather
 AT_ONCE = {'name': 'early_exit', 'layers': (1,), 'threshold': 1.0}
 COMBINED = {'name': 'combine', 'slots': 3, 'layer': 3}
 HEADS = {'name': 'heads', 'shares': (0.5, 0.5, 0.25, 0.25)}
@@ -32,6 +33,10 @@ CHAINS = {
   'in the other order': (chain(RANKED, HALF), 'mean'),
   'a plan and thresholds': (chain(PLANNED, {'name': 'threshold', 'threshold': 0.012}), 'cls'),
   'a plan and exits': (chain(PLANNED, AT_ONCE), 'cls'),
+  'a plan and keys of each head': (chain(FEW, RANKED), 'cls'),
+  'a plan and what stays in part': (chain(FEW, {**HALF, 'leavers': 'frozen'}), 'cls'),
+  'a plan and combining': (chain(FEW, COMBINED), 'cls'),
+  'combining and a plan': (chain(COMBINED, FEW), 'cls'),
   'exits and combining': (chain(AT_ONCE, COMBINED), 'mean'),
   'counts where a layer is left out': (chain(student(1, 3, 4), {**RANKED, 'ratio': 0.7}), 'mean'),
   'learned counts where layers are left out': (
@@ -123,3 +128,8 @@ def test_exits_behind_layers_that_do_not_run_are_refused():
     make_reducer(spec).check(4, 4)
   with pytest.raises(UserError, match='different layers in their order'):
     make_reducer({'name': 'early_exit', 'layers': (3, 1)}).check(4, 4)
+
+
+def test_what_a_batch_shares_is_refused_beside_slots_that_are_seen_alone():
+  with pytest.raises(UserError, match=r'reducers\[1\].capacity_batch .* set it to 0'):
+    make_reducer(chain(PLANNED, {**AT_ONCE, 'capacity_batch': 8})).check(4, 4)

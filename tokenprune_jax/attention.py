@@ -161,7 +161,7 @@ def mix(
   bias: Float[Array, '#b #h q k'] | None,
   rng: Array | None,
   how: Mixing,
-  own: Bool[Array, 'b #h q k'] | None = None,
+  own: Bool[Array, '#b #h q k'] | None = None,
 ) -> tuple[Float[Array, 'b h q e'], dict[str, Any]]:
   """Scaled dot-product attention: (mixed values, the evidence that `how.reads` names).
 

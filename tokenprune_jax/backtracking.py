@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenprune_jax.attention import Terms, by_passes, hard_parts, scaled_scores
+from tokenprune_jax.grouping import on_one_cpu
 from tokenprune_jax.tokens import highest, select
 
 Layer = Callable[[Float[Array, 'b q']], Float[Array, 'b n']]
@@ -29,7 +30,7 @@ def class_token(valid: Bool[Array, 'b n']) -> Float[Array, 'b n']:
 
 
 def shares(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
-  """Answers from attention weights, without gradient: only the rows that are asked for are made, a few at a time."""
+  """Answers from attention weights, without gradient: a few rows at a time; on one CPU device those that are asked for."""
 
   def given(states, bias, asked):
     query, key, valid = states
@@ -50,7 +51,9 @@ def shares(terms: Terms, valid: Bool[Array, 'b n']) -> Layer:
       own = None if bias is None else jnp.take_along_axis(bias, at[:, None, :, None], axis=2)
       return total + given((rows, key, seen), own, here)
 
-    return jax.lax.fori_loop(0, -(-count.max() // size), step, jnp.zeros(seen[:, 0].shape))
+    # How far depends on the batch: where that is spread over devices these would have to agree on it.
+    steps = -(-count.max() // size) if on_one_cpu() else place.shape[1] // size
+    return jax.lax.fori_loop(0, steps, step, jnp.zeros(seen[:, 0].shape))
 
   return answer
 

@@ -60,19 +60,24 @@ def put_back(tokens: Tokens, rows: Rows, x: Float[Array, 'g q d']) -> Float[Arra
   return jnp.where(rows.kept.reshape(*shape[:2], 1), placed.reshape(shape), tokens.x)
 
 
-def pick_bias(bias, queries: Array | None, keys: Array | None):
-  """bias [#b h n n] at the query rows [b q] and key columns [b #h k] that were gathered."""
-  if bias is None or (queries is None and keys is None):
-    return bias
-  if queries is not None:
-    bias = jnp.take_along_axis(bias, queries[:, None, :, None], axis=2)
+def pick_bias(bias, rows: Rows, keys: Array | None):
+  """bias [#b h n n] at the rows and the key columns [b #h k] that were gathered."""
+  if bias is None:
+    return None
+  if rows.place is not None and not rows.together:
+    first = rows.kept is None
+    bias = (
+      bias[:, :, : rows.x.shape[1]]
+      if first
+      else jnp.take_along_axis(bias, rows.place[:, None, :, None], axis=2)
+    )
   if keys is not None:
     bias = jnp.take_along_axis(bias, keys[:, :, None, :], axis=3)
   return bias
 
 
 def own_places(queries: Array | None, keys: Array | None, n: int) -> Array | None:
-  """[b #h q k] bool: where a query row [b q] and a key column [b #h k] that were gathered are one slot of n; None: i is i."""
+  """[#b #h q k] bool: where query rows [#b q] and key columns [b #h k] that were gathered are one slot of n; None: i is i."""
   if queries is None and keys is None:
     return None
   every = jnp.arange(n)[None]
@@ -149,7 +154,7 @@ class Block(nn.Module):
       self.scaled(value, seen),
       seen,
       asked,
-      pick_bias(bias, place, index),
+      pick_bias(bias, rows, index),
       self.make_rng('dropout') if dropout else None,
       attention.Mixing(reads, bool(self.soft), dropout, self.config.kernel),
       own_places(place, index, tokens.x.shape[1]) if 'own' in reads else None,

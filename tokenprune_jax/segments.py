@@ -293,7 +293,7 @@ class Programs:
 
   def move(self, room: State, source: State, which) -> State:
     """`fill`, compiled."""
-    key = tuple((jax.tree.structure(s), s.tokens.x.shape) for s in (room, source))
+    key = tuple((jax.tree.structure(s), *map(jnp.shape, jax.tree.leaves(s))) for s in (room, source))
     if key not in self.moves:
       self.moves[key] = jax.jit(fill).lower(room, source, which).compile()
     return self.moves[key](room, source, which)

@@ -122,11 +122,11 @@ def highest(score: Num[Array, '*batch n'], count: int | Int[Array, '*#batch 1'])
 
 
 def in_bits(score: Num[Array, '*shape']) -> UInt32[Array, '*shape']:
-  """Whole numbers in the order of the scores as float32."""
+  """Whole numbers in the order of the scores as float32; 0 for no number."""
   score = score.astype(jnp.float32)
   bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.uint32)  # -0 is 0
   sign = jnp.uint32(1 << 31)
-  return jnp.where(bits >= sign, ~bits, bits | sign)
+  return jnp.where(jnp.isnan(score), 0, jnp.where(bits >= sign, ~bits, bits | sign))
 
 
 def descending_rank(score: Num[Array, '*batch n']) -> Int[Array, '*batch n']:
@@ -185,14 +185,16 @@ def compress(tokens: Tokens) -> tuple[Tokens, Bool[Array, 'b']]:
     return tokens, jnp.zeros(tokens.x.shape[0], bool)
   if not tokens.capacity.by_score or tokens.added:
     return gather_live(tokens, slots)
-  overflow = live(tokens).sum(-1) > slots
-  return cut(tokens if tokens.ranked else in_order(tokens), slots), overflow
+  if tokens.ranked:
+    return cut(tokens, slots), live(tokens)[:, slots:].any(-1)
+  return in_order(tokens, slots), live(tokens).sum(-1) > slots
 
 
-def in_order(tokens: Tokens) -> Tokens:
-  """Live slots by falling score, of equal ones the first, then the others."""
+def in_order(tokens: Tokens, slots: int) -> Tokens:
+  """The first `slots` by falling score, of equal ones as they stand; those that are not live come last and become empty."""
   order = jnp.argsort(jnp.where(live(tokens), -score_of(tokens), jnp.inf), axis=-1, stable=True)
-  return gathered(tokens, order).replace(moved=True, ranked=True)
+  tokens = gathered(tokens, order[:, :slots]).replace(moved=True, ranked=True)
+  return emptied(tokens, live(tokens))
 
 
 def cut(tokens: Tokens, slots: int) -> Tokens:
@@ -286,7 +288,11 @@ def leave(
   guarded = tokens.protected[:, : score.shape[-1]]
   score = jnp.where(guarded if score.ndim == 2 else guarded[:, None], jnp.inf, score)
   stay = jnp.pad(stay, added, constant_values=True).astype(tokens.updated.dtype)
-  tokens = tokens.replace(score=jnp.pad(score, added, constant_values=jnp.inf), ranked=False)
+  tokens = tokens.replace(
+    score=jnp.pad(score, added, constant_values=jnp.inf),
+    ranked=False,
+    capacity=tokens.capacity._replace(by_score=False),
+  )
   room = None if capacity is None else capacity + tokens.added
   if leavers != 'unseen':
     tokens = tokens.replace(updated=tokens.updated * stay, capacity=tokens.capacity._replace(rows=room))

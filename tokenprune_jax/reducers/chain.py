@@ -34,6 +34,13 @@ class Method(Reducer):
           f'reducer.layers names exits behind the layers {missing}, which another method of the chain leaves out: there run '
           f'{", ".join(map(str, run))}'
         )
+    for place, reducer in enumerate(self.reducers):
+      others = [other for other in self.reducers if other is not reducer]
+      if getattr(reducer, 'capacity_batch', 0) and any('rows' in other.separates() for other in others):
+        raise UserError(
+          f'reducer.reducers[{place}].capacity_batch takes a slot that is seen and not updated for one that found no room, '
+          'but another method of the chain leaves such slots: set it to 0'
+        )
 
   def readouts(self) -> tuple[str, ...]:
     left = [reducer.readouts() for reducer in self.reducers]

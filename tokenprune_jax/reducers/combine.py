@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Norm
 from tokenprune_jax.reducer import Inputs, Memory, Reducer
-from tokenprune_jax.tokens import Tokens, presence, scatter_to_input
+from tokenprune_jax.tokens import Capacity, Tokens, presence, scatter_to_input
 
 TINY: dict = {'slots': 3, 'layer': 3}
 NEUTRAL: dict = {'slots': 0}
@@ -150,7 +150,9 @@ def append(tokens: Tokens, states: Float[Array, 'b m d']) -> Tokens:
   """The stream with protected slots behind the input tokens."""
   b, m, _ = states.shape
   ones = jnp.ones((b, m))
-  seen = ones if tokens.seen.ndim == 2 else jnp.ones((b, tokens.seen.shape[1], m))
+  seen, score = ones if tokens.seen.ndim == 2 else jnp.ones((b, tokens.seen.shape[1], m)), tokens.score
+  if score is not None:  # the last to leave
+    score = jnp.pad(score, [(0, 0)] * (score.ndim - 1) + [(0, m)], constant_values=jnp.inf)
   return tokens.replace(
     x=jnp.concatenate([tokens.x, states], axis=1),
     seen=jnp.concatenate([tokens.seen, seen], axis=-1),
@@ -158,8 +160,17 @@ def append(tokens: Tokens, states: Float[Array, 'b m d']) -> Tokens:
     protected=jnp.concatenate([tokens.protected, jnp.ones((b, m), bool)], axis=1),
     position=jnp.concatenate([tokens.position, jnp.full((b, m), -1, jnp.int32)], axis=1),
     size=jnp.concatenate([tokens.size, jnp.zeros((b, m))], axis=1),
+    score=score,
+    capacity=widened(tokens.capacity, m, b),
     added=tokens.added + m,
   )
+
+
+def widened(capacity: Capacity, count: int, batch: int) -> Capacity:
+  """What was stated, for so many slots more of each example."""
+  more = {'slots': count, 'keys': count, 'rows': count, 'batch_rows': count * batch}
+  stated = {name: getattr(capacity, name) for name in more}
+  return capacity._replace(**{name: room + more[name] for name, room in stated.items() if room is not None})
 
 
 def only(

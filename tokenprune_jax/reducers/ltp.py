@@ -5,7 +5,8 @@
   hard    M_j = [s_j >= max(theta_l, 1e-5)]                     the others leave, as in threshold.py
   soft    M_j = sigmoid((s_j - theta_l) / temperature)
   loss  + weight sum_l mean_j M_j                               or, where a budget is asked for,
-        + weight (MACs / dense MACs - target_macs)^2            of hard masks that have the gradient of soft ones
+        + weight (MACs / dense MACs - target_macs)^2            of hard masks that have the gradient of soft ones, which
+                                                                scores get by the share `score_gradient`
 
 Stages: the model is fine-tuned; mode 'soft' learns thresholds with it; mode 'hard' trains it further under fixed ones. What
 validation and inference see is always hard. Scores of norm 'received' are in units of 1/128 of attention received, the
@@ -66,7 +67,8 @@ def soft_mask(
 
 def flatter(x: Float[Array, '*b'], share: float) -> Float[Array, '*b']:
   """x with that share of its gradient."""
-  return share * x + (1 - share) * jax.lax.stop_gradient(x)
+  still = jax.lax.stop_gradient(x)
+  return still + share * (x - still) if share else still
 
 
 def straight_through(hard: Float[Array, '*b'], soft: Float[Array, '*b']) -> Float[Array, '*b']:

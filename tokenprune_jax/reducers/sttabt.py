@@ -187,18 +187,24 @@ def gated(
   return jnp.where(position < 0, mask, planned * (mask > 0))
 
 
-def walk_macs(config: EncoderConfig, rows: Num[Any, 'b L'], real: Num[Any, 'b']) -> Num[Any, 'b']:
-  """Multiply-adds of the walk: of so many rows of each ApproxNet layer the scores again, and their weighted sums."""
-  return rows.sum(-1) * real * (config.width + config.heads)
+def walk_macs(config: EncoderConfig, topk: bool, rows: Num[Any, 'b L'], real: Num[Any, 'b']) -> Num[Any, 'b']:
+  """Multiply-adds of the walk: of so many rows of each ApproxNet layer the scores again, and their weighted sums.
+
+  Concrete masks also take the keys' covariance in each head, and each row's variance by it (`backtracking.standard`).
+  """
+  found, depth = rows.sum(-1) * real * (config.width + config.heads), rows.shape[-1]
+  if topk or config.relative_buckets:
+    return found
+  return found + (rows.sum(-1) + depth * real) * config.width * (config.width // config.heads)
 
 
 def least(fields: Mapping[str, Any], config: EncoderConfig, lengths: np.ndarray) -> float:
-  """MACs as a share of dense's where each layer takes in [CLS] alone: the ApproxNet's, of texts of these lengths [N]."""
+  """Share of dense's MACs where layers take in [CLS] alone: the ApproxNet's and the walk's. lengths [N]: of the texts."""
   narrow = Method(factor=fields.get('factor', Method.factor)).narrow(config)
   dense, own = (flops.dense_macs(each, 0, 'linear', lengths).sum() for each in (config, narrow))
-  first = np.ones_like(lengths)
-  rows = first if fields.get('mode', Method.mode) == 'topk' else lengths
-  walked = walk_macs(narrow, np.stack([rows] * (config.depth - 1) + [first], axis=1), lengths).sum()
+  first, topk = np.ones_like(lengths), fields.get('mode', Method.mode) == 'topk'
+  rows = np.stack([first if topk else lengths] * (config.depth - 1) + [first], axis=1)
+  walked = walk_macs(narrow, topk, rows, lengths).sum()
   return float((own + walked + len(lengths) * config.depth * flops.block_macs(config, 1, 1, 1, 1)) / dense)
 
 
@@ -327,7 +333,7 @@ class Method(Reducer):
       if not (train and self.mode == 'soft'):
         plan = (plan >= 0.5).astype(plan.dtype)
     memory |= {'plan': jnp.pad(plan, ((0, 0), (0, 0), (0, tokens.length - plan.shape[2])))}
-    memory |= {'macs_plan': walk_macs(config, walked, real)}
+    memory |= {'macs_plan': walk_macs(config, self.mode == 'topk', walked, real)}
     return self.followed(tokens, memory['plan'], 0, depth), memory
 
   def followed(self, tokens: Tokens, plan: Float[Array, 'b l n'], layer: int, depth: int) -> Tokens:
@@ -338,7 +344,7 @@ class Method(Reducer):
     def of(entry):
       return jnp.take_along_axis(plan[:, min(entry, depth)], place, axis=1) * real
 
-    rooms = [self.room(min(entry, depth), depth, tokens.length) for entry in (layer, layer + 1)]
+    rooms = [self.room(min(entry, depth), depth, tokens) for entry in (layer, layer + 1)]
     return tokens.replace(
       seen=gated(tokens.seen, of(layer), tokens), updated=gated(tokens.updated, of(layer + 1), tokens),
       score=jnp.take_along_axis(plan.sum(1), place, axis=1) * real,
@@ -347,23 +353,24 @@ class Method(Reducer):
 
   def updated_alone(self, tokens: Tokens, depth: int, layer: int) -> Tokens:
     """The stream behind a layer's attention, where it is known how many are updated: the others are needed no more."""
-    room = None if self.mode == 'soft' else self.room(layer, depth, tokens.length)
+    room = None if self.mode == 'soft' else self.room(layer, depth, tokens)
     if room is None:
       return tokens
     left = (tokens.updated > 0).astype(tokens.seen.dtype)
     seen = tokens.seen * (left if tokens.seen.ndim == 2 else left[:, None])
     return tokens.replace(seen=seen, capacity=tokens.capacity._replace(slots=room))
 
-  def room(self, entry: int, depth: int, length: int) -> int | None:
-    """How many tokens a plan's entry may hold; None: not known."""
+  def room(self, entry: int, depth: int, tokens: Tokens) -> int | None:
+    """How many slots a plan's entry may hold, those that are no input tokens included; None: not known."""
     if entry == depth:
-      return 1
+      return 1 + tokens.added
     if self.capacities:
-      return schedule.places(self.capacities[entry], length)
+      return schedule.places(self.capacities[entry], tokens.length) + tokens.added
     if self.mode != 'topk':
       return None
-    asked = schedule.places(self.keep, length) if self.keep <= 1 else int(self.keep)
-    return min(length, 1 + (depth - entry) * asked)  # what each layer above asks for, and [CLS]
+    asked = schedule.places(self.keep, tokens.length) if self.keep <= 1 else int(self.keep)
+    # What each layer above asks for, and [CLS].
+    return min(tokens.length, 1 + (depth - entry) * asked) + tokens.added
 
   def after_attention(
     self, tokens: Tokens, memory: Memory, evidence: Evidence, layer: int
