@@ -20,7 +20,7 @@ LTP = {
   'temperature': 1e-3,
   'weight': 0.1,
   'target_macs': 0.0,
-  'score_gradient': 0.0,
+  'score_gradient': 0.3,
   'scale': 1.0,
   'score_norm': 'received',
   'soft_form': 'stream',

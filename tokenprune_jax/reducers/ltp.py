@@ -133,7 +133,7 @@ class Method(Reducer):
   target_macs: float = 0.0
   # Under a budget, the share of the masks' gradient that the scores get too. They hang on the masks below, each a hundred
   # times as steep as its scores: over twelve layers the whole of it grows a millionfold.
-  score_gradient: float = 0.0
+  score_gradient: float = 0.3
   scale: float = 1.0  # factor of all thresholds: how a trained model meets its budget
   floor: float = 0.0  # lowest threshold of the first layer that prunes, in the unit of `threshold`; 0: none
   score_norm: str = 'received'  # or 'per_live_token', 'per_padded_token'
