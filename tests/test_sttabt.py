@@ -229,7 +229,7 @@ def test_rows_that_a_plan_has_no_room_for_leave_by_their_score():
   assert float(trace.rows[0, 0]) == room and bool(trace.overflow[0])
 
 
-@pytest.mark.parametrize('mode', ['topk', 'hard'])
+@pytest.mark.parametrize('mode', ['topk'])
 def test_states_are_gathered_once_and_then_cut(mode):
   """The plan's order is the order of the stream: as `mask` in values and gradient, and as it is where there is no room."""
   spec = {'name': 'sttabt', 'mode': mode, 'keep': 0.15, 'theta': -2.0, 'factor': 4}
