@@ -65,12 +65,10 @@ def pick_bias(bias, rows: Rows, keys: Array | None):
   if bias is None:
     return None
   if rows.place is not None and not rows.together:
-    first = rows.kept is None
-    bias = (
-      bias[:, :, : rows.x.shape[1]]
-      if first
-      else jnp.take_along_axis(bias, rows.place[:, None, :, None], axis=2)
-    )
+    if rows.kept is None:
+      bias = bias[:, :, : rows.x.shape[1]]
+    else:
+      bias = jnp.take_along_axis(bias, rows.place[:, None, :, None], axis=2)
   if keys is not None:
     bias = jnp.take_along_axis(bias, keys[:, :, None, :], axis=3)
   return bias

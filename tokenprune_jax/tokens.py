@@ -199,7 +199,7 @@ def in_order(tokens: Tokens, slots: int) -> Tokens:
 
 def cut(tokens: Tokens, slots: int) -> Tokens:
   """The first slots; those that are not live become empty."""
-  tokens = slotwise(lambda field, axis: jax.lax.slice_in_dim(field, 0, slots, axis=axis), tokens)
+  tokens = sliced(tokens, 0, slots)
   return emptied(tokens, live(tokens))
 
 
@@ -238,7 +238,7 @@ def score_of(tokens: Tokens) -> Float[Array, 'b n']:
 def gather_live(tokens: Tokens, slots: int) -> tuple[Tokens, Bool[Array, 'b']]:
   """Live slots in their order, then empty ones, then the added slots: (tokens [b slots], overflow [b])."""
   inputs, added = tokens.x.shape[1] - tokens.added, tokens.added
-  front = slotwise(lambda field, axis: jax.lax.slice_in_dim(field, 0, inputs, axis=axis), tokens)
+  front = sliced(tokens, 0, inputs)
   score = front.score
   if score is not None and score.ndim == 3:
     score = score.max(axis=1)
@@ -246,8 +246,13 @@ def gather_live(tokens: Tokens, slots: int) -> tuple[Tokens, Bool[Array, 'b']]:
   front = take(front, index, kept)
   if not added:
     return front, overflow
-  back = slotwise(lambda field, axis: jax.lax.slice_in_dim(field, inputs, None, axis=axis), tokens)
+  back = sliced(tokens, inputs, None)
   return slotwise(lambda a, b, axis: jnp.concatenate([a, b], axis=axis), front, back), overflow
+
+
+def sliced(tokens: Tokens, start: int, stop: int | None) -> Tokens:
+  """The slots from `start` to before `stop`."""
+  return slotwise(lambda field, axis: jax.lax.slice_in_dim(field, start, stop, axis=axis), tokens)
 
 
 def slotwise(function: Callable[..., Array], *streams: Tokens) -> Tokens:
