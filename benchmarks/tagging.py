@@ -40,11 +40,19 @@ STEP = 8  # of the lengths of batches
 
 
 class Curve(NamedTuple):
-  """A line of the plot: its title, the run it is made from, and the window that its points have (0: none)."""
+  """A line of the plot: its title, the run it is made from, and what its points have: a window (0: none), transitions."""
 
   title: str
   run: str
   window: int = 0
+  transitions: str = ''
+
+  def fields(self, labels: Sequence[str]) -> dict[str, Any]:
+    """What is changed of the run's method."""
+    found: dict[str, Any] = {'window': self.window} if self.window else {}
+    if self.transitions:
+      found |= {'transitions': self.transitions, 'tags': tuple(labels)}
+    return found
 
 
 CURVES = {
@@ -54,6 +62,9 @@ CURVES = {
   'tokee_15': Curve('TOKEE, window 15', 'tokee', 15),
   'tokee_5': Curve('TOKEE, window 5', 'tokee', 5),
   'tokee_1': Curve('TOKEE, window 1', 'tokee', 1),
+  'tokee_1_mask': Curve('TOKEE, window 1, tags of neighbours rule out', 'tokee', 1, 'mask'),
+  'tokee_1_refuse': Curve('TOKEE, window 1, words that clash stay', 'tokee', 1, 'refuse'),
+  'tokee_1_both': Curve('TOKEE, window 1, both', 'tokee', 1, 'both'),
   'student': Curve('student, half of the layers', 'student'),
   'student_third': Curve('student, a third of the layers', 'student_third'),
 }
@@ -138,7 +149,7 @@ class Study:
     trained = Trained(self.folder(row), FOUND_ON)
     for place, point in enumerate(points):
       if not text_pruning.settled(point):
-        fields = {'window': point['window']} if point['window'] else {}
+        fields = CURVES[point['name']].fields(trained.exported.labels)
         points[place] = text_pruning.measured(point, trained, **fields)
         print(told(points[place]), flush=True)
         self.save()

@@ -28,6 +28,7 @@ WORDS = {
   'copied': 'all',
   'keep_norm': True,
   'dropout': 0.3,
+  'transitions': 'free',
   'capacities': (),
   'capacity_batch': 0,
   'batch_capacities': (),

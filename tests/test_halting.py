@@ -1,5 +1,7 @@
 """Words that halt: executors, limits, counting, serving, objectives, and settings that are none."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from tests.reference import (
   requests,
   settings,
 )
-from tokenprune_jax import costs, flops, segments, serve, stages, tasks, word_exit
+from tokenprune_jax import costs, decoding, flops, segments, serve, stages, tasks, word_exit
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
 from tokenprune_jax.reducer import Inputs
@@ -62,6 +64,64 @@ def test_executors_agree_under_every_setting(changes):
   for answer, expected, n in zip(answers, masked.logits, LENGTHS):
     close(answer.logits, expected[:n])
   np.testing.assert_allclose([answer.macs for answer in answers], masked.macs, rtol=1e-5)
+
+
+TAGS = ('O', 'B-X', 'I-X')
+
+
+@pytest.mark.parametrize('transitions', tokee.TRANSITIONS)
+def test_exits_may_keep_to_the_scheme_of_the_tags(transitions):
+  spec = {**TINY, 'window': 1, 'threshold': 0.93, 'transitions': transitions, 'tags': TAGS}
+  model, params = model_and_params(spec)
+  masked = apply(model, params, BATCH)
+  if transitions == 'both':
+    close(masked.logits, apply(model.clone(executor='compact'), params, BATCH).logits)
+    with serve.Server(model, params, ladder=serve.Ladder((16,), batch_tokens=32)) as server:
+      for answer, expected, n in zip(server.map(requests(BATCH)), masked.logits, LENGTHS):
+        close(answer.logits, expected[:n])
+  encoder = segments.make_encoder(model)
+  given = {name: jnp.asarray(BATCH[name]) for name in ('ids', 'mask', 'types', 'words')}
+  inputs = Inputs(**given, controls={}, labels=len(TAGS), encoder=TINY_CONFIG)
+  memory = encoder.apply({'params': segments.encoder_params(params)}, inputs)[1]
+  wrong = decoding.illegal_transitions(TAGS)
+  layers, broken = np.asarray(memory['word_exit']), 0
+  for i, n in enumerate(LENGTHS):
+    tags = np.asarray(masked.logits)[i, :n][FIRST[i, :n]].argmax(-1)
+    for j, (before, after) in enumerate(itertools.pairwise(tags)):
+      there, then = layers[i, j : j + 2]
+      if not wrong[before, after] or not there or not then:
+        continue
+      broken += 1
+      assert transitions == 'free' or (
+        transitions == 'mask' and there == then
+      )  # whom it cannot tell of each other
+  assert broken or transitions != 'free'
+
+
+def test_a_sentence_stays_while_its_tags_break_the_scheme():
+  spec = {**TINY, 'level': 'sentence', 'threshold': 1.1, 'transitions': 'refuse', 'tags': TAGS}
+  model, params = model_and_params(spec)
+  masked, wrong = apply(model, params, BATCH), decoding.illegal_transitions(TAGS)
+  rows = np.asarray(masked.trace.rows)
+  for i in range(len(LENGTHS)):
+    exits = np.asarray(masked.exits)[i].argmax(-1)  # [l w]
+    count = int(FIRST[i].sum())
+    legal = [not wrong[tags[: count - 1], tags[1:count]].any() for tags in exits]
+    left = legal.index(True) + 1 if any(legal) else len(rows[i])
+    assert (rows[i] > 0).sum() == left
+  close(masked.logits, apply(model.clone(executor='compact'), params, BATCH).logits)
+
+
+def test_tags_that_are_not_named_or_mark_no_spans():
+  model, params = model_and_params({**TINY, 'transitions': 'mask'})
+  with pytest.raises(UserError, match='name the 3 tags in their order; it names 0'):
+    apply(model, params, BATCH)
+  with pytest.raises(UserError, match='mark no spans: NN, VB; set it to'):
+    tokee.labelled({'transitions': 'both'}, ('NN', 'VB'))
+  assert tokee.labelled({'transitions': 'both'}, TAGS) == {'tags': TAGS}
+  assert tokee.labelled({}, ('NN', 'VB')) == {}
+  with pytest.raises(UserError, match="goes with level='token'"):
+    make_reducer({**TINY, 'level': 'sentence', 'transitions': 'mask'}).check(4, 2)
 
 
 def test_executors_agree_where_another_method_prunes_too():

@@ -26,6 +26,8 @@ def given(variant, folder, **changes):
   config['data'] |= {split: str(folder / f'{split}.conll') for split in ('train', 'valid', 'test')}
   config['data'] |= {'max_length': 24, 'buckets': (24,)}
   config['reducer'] |= {'layers': (1, 2), 'window': 3, 'threshold': 0.3}
+  if variant == 'tokee':
+    config['reducer']['transitions'] = 'both'
   config['optimizer'] |= {'learning_rate': 4e-3, 'batch_size': 8}
   config['eval'] |= {'batch_size': 8, 'timing': False}
   config['task'] |= {'constrained': True}
@@ -83,7 +85,7 @@ def test_the_layers_that_words_exit_at(run):
 
   def depths(threshold, given=wanted, **options):
     spec, params = (
-      {**exported.reducer_spec, 'threshold': threshold, 'window': 1},
+      {**exported.reducer_spec, 'threshold': threshold, 'window': 1, 'transitions': 'free'},
       {**exported.params, 'reducer': other},
     )
     return tagger.Tagger(dataclasses.replace(exported, reducer_spec=spec, params=params)).depths(
@@ -103,6 +105,7 @@ def test_calibration_goes_by_the_f1_of_spans(run, capsys, monkeypatch):
   assert 'f1' in said and 'accuracy' not in said
   cheap = pretrained.load_exported(folder / 'cheap')
   assert cheap.reducer_spec['threshold'] != 0.3 and cheap.constrained
+  assert cheap.reducer_spec['tags'] == tuple(cheap.labels)  # what exits keep to is exported with them
   calibration = calibrate.Calibration(folder, limit=8)
   assert len(calibration.splits['valid'].words.sentences) == 8
   assert calibration.at(1.0).mac_ratio == pytest.approx(1, abs=0.02)
@@ -128,6 +131,15 @@ def test_sentences_from_another_run_and_what_cannot_be(run, data):
   plain = given('sentee', data)
   plain['data']['tagging']['scheme'] = 'plain'
   with pytest.raises(UserError, match='task.constrained is True, but the tags of file mark no spans'):
+    train.run(plain, data / 'plain')
+  for split in ('train', 'valid', 'test'):
+    text = (data / f'{split}.conll').read_text().replace('B-PER', 'NOUN').replace('I-PER', 'VERB')
+    (data / f'{split}_plain.conll').write_text(text)
+    plain['data'][split] = str(data / f'{split}_plain.conll')
+  plain['task']['constrained'], plain['reducer']['transitions'] = False, 'refuse'
+  with pytest.raises(
+    UserError, match="reducer.transitions is 'refuse', but the tags mark no spans: B-LOC, NOUN, O, VERB"
+  ):
     train.run(plain, data / 'plain')
   with pytest.raises(UserError, match='an exit stands behind one of the layers 1 to 2'):
     train.run(given('sentee', data, reducer={'name': 'tokee', 'layers': (1, 5)}), data / 'none')

@@ -41,6 +41,28 @@ def test_each_example_has_its_own_window():
       np.testing.assert_allclose(found[b, j], near.max(), rtol=1e-6)
 
 
+def test_tags_that_exited_neighbours_rule_out():
+  """Against a loop over words and tags."""
+  random = np.random.default_rng(1)
+  b, w, c = 4, 7, 3
+  tag, fixed = random.integers(0, c, (b, w)), random.random((b, w)) < 0.5
+  illegal = random.random((c, c)) < 0.7
+  found = np.asarray(word_exit.barred(jnp.asarray(tag), jnp.asarray(fixed), jnp.asarray(illegal)))
+  clashing = np.asarray(word_exit.clashing(jnp.asarray(tag), jnp.asarray(fixed), jnp.asarray(illegal)))
+  barred_all = 0
+  for i, j in np.ndindex(b, w):
+    row = [
+      (j > 0 and fixed[i, j - 1] and illegal[tag[i, j - 1], t])
+      or (j < w - 1 and fixed[i, j + 1] and illegal[t, tag[i, j + 1]])
+      for t in range(c)
+    ]
+    barred_all += all(row)
+    assert found[i, j].tolist() == ([False] * c if all(row) else row)
+    pairs = [(k, k + 1) for k in (j - 1, j) if k >= 0 and k + 1 < w and fixed[i, k] and fixed[i, k + 1]]
+    assert clashing[i, j] == any(illegal[tag[i, k], tag[i, l]] for k, l in pairs)
+  assert barred_all  # some word has every tag ruled out, and then none
+
+
 def test_words_to_pieces_and_back():
   word = jnp.array([[-1, 0, 0, 1, 2, 2, -1], [-1, 0, -1, -1, -1, -1, -1]])
   first = jnp.array([[0, 1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0]], bool)
@@ -52,6 +74,8 @@ def test_words_to_pieces_and_back():
   np.testing.assert_array_equal(pieces, [[0.5, 1, 1, 3, 4, 4, 0.5], [0.5, 8, 0.5, 0.5, 0.5, 0.5, 0.5]])
   deep = word_exit.of_words(jnp.stack([values, -values], -1), first, word, 3)
   np.testing.assert_array_equal(deep[0, :3], [[1, -1], [3, -3], [4, -4]])
+  pieces = word_exit.to_pieces(deep, word, 0.0)
+  np.testing.assert_array_equal(pieces[0, :4], [[0, 0], [1, -1], [1, -1], [3, -3]])
 
 
 def test_settings_that_training_samples():

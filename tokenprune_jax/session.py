@@ -60,6 +60,8 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
       f'config.task.constrained is True, but the tags of {dataset.name} mark no spans: {", ".join(dataset.labels[:8])}; '
       'set it to False.'
     )
+  for stage in config['stages']:
+    specs.labelled(stages.reducer_spec(config['reducer'], [], stage), dataset.labels)
   names = [stage['name'] for stage in config['stages']]
   for stage in config['stages']:
     if stage['teacher'] and stage['teacher'] not in names:

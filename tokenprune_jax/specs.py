@@ -79,6 +79,16 @@ def with_handed_on(spec: Mapping[str, Any], fields: Mapping[str, Mapping[str, An
   return dict(spec)
 
 
+def labelled(spec: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+  """`spec` with what its methods have to know of the labels' names. Raises UserError where these do not suit one."""
+  fields = {
+    member['name']: file.labelled(member, labels)
+    for member in members(spec)
+    if hasattr(file := module(member['name']), 'labelled')
+  }
+  return with_handed_on(spec, fields)
+
+
 def sharing(spec: Mapping[str, Any], size: int, overflow_rate: float) -> dict[str, Any]:
   """`spec` where batches of `size` examples or more share capacities, which setting it to a budget then finds.
 

@@ -48,6 +48,30 @@ def exit_layers(
   return jnp.argmax(sure, 0) + 1
 
 
+def barred(
+  tag: Int[Array, 'b w'], fixed: Bool[Array, 'b w'], illegal: Bool[Array, 'c c']
+) -> Bool[Array, 'b w c']:
+  """Tags that a word cannot have beside the tags that its neighbours are `fixed` to; none where that would bar them all.
+
+  illegal [i, j]: tag j cannot follow tag i.
+  """
+
+  def beside(shift, pairs):
+    near = jnp.roll(fixed, shift, axis=1).at[:, 0 if shift > 0 else -1].set(False)
+    return pairs[jnp.roll(tag, shift, axis=1)] & near[..., None]
+
+  found = beside(1, illegal) | beside(-1, illegal.T)
+  return found & ~found.all(-1, keepdims=True)
+
+
+def clashing(
+  tag: Int[Array, 'b w'], said: Bool[Array, 'b w'], illegal: Bool[Array, 'c c']
+) -> Bool[Array, 'b w']:
+  """Words whose tag cannot stand beside that of a neighbour; said: those that have one."""
+  pair = illegal[tag[:, :-1], tag[:, 1:]] & said[:, :-1] & said[:, 1:]
+  return jnp.pad(pair, ((0, 0), (0, 1))) | jnp.pad(pair, ((0, 0), (1, 0)))
+
+
 def first_pieces(word: Int[Array, 'b n']) -> Bool[Array, 'b n']:
   """The pieces that a word begins with. word: the number of the word a piece belongs to, from 0; -1 for none."""
   before = jnp.pad(word, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
@@ -79,11 +103,12 @@ def put(
 
 
 def to_pieces(
-  values: Num[Array, 'b w'] | Bool[Array, 'b w'], word: Int[Array, 'b n'], fill: float | bool | Array
-) -> Num[Array, 'b n'] | Bool[Array, 'b n']:
+  values: Shaped[Array, 'b w *c'], word: Int[Array, 'b n'], fill: float | bool | Array
+) -> Shaped[Array, 'b n *c']:
   """The value [b w] of the word that each piece belongs to; `fill`, or [b 1] of each example, for pieces of none."""
-  found = jnp.take_along_axis(values, jnp.maximum(word, 0), axis=1)
-  return jnp.where(word >= 0, found, fill)
+  inner = [1] * (values.ndim - 2)
+  found = jnp.take_along_axis(values, jnp.maximum(word, 0).reshape(*word.shape, *inner), axis=1)
+  return jnp.where((word >= 0).reshape(*word.shape, *inner), found, fill)
 
 
 def sampled_settings(

@@ -18,11 +18,15 @@ Two stages train it. `tags_joint`: all exits and the last classifier learn the t
 with the first stage as its teacher: each example draws a window and a delta, its words halt where the teacher would have
 exited under them, and each layer learns the words that are still there, by how far their losses are from the teacher's.
 
+Where tags mark spans, exits may keep to BIO or BIOES (`transitions`): under `mask` a word can only have tags that go with
+those its neighbours have exited with; under `refuse` no word, or sentence, exits while its tags clash with those beside
+them; or `both`. What the last classifier says is free: `task.constrained` decodes all at the end.
+
 Controls of a request: `exit_threshold`, `exit_window` [b], in place of the fields.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +34,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenprune_jax import budget, schedule, word_exit
+from tokenprune_jax import budget, decoding, schedule, word_exit
+from tokenprune_jax.data import tags as schemes
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense, Dropout
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
@@ -45,6 +50,9 @@ CONTROLS = {'threshold': 'exit_threshold', 'window': 'exit_window'}
 LEVELS = ('token', 'sentence')
 POOLS = ('max', 'mean')
 COPIED = ('all', 'first')
+TRANSITIONS = ('free', 'mask', 'refuse', 'both')
+UNSAID = -1  # the tag of a word that no exit has told yet
+BARRED = 30.0  # taken off the logit of a tag that cannot be
 SURE_OF_ALL = 1.1  # a threshold above every uncertainty
 LIMITS = {  # criterion -> thresholds at which nothing exits, and all does
   'entropy': (0.0, SURE_OF_ALL),
@@ -128,6 +136,19 @@ TAUGHT = ('tags_sampled',)
 
 
 # ------------------------------------------------------------------------------------------------ Calibration
+def labelled(fields: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+  """The names of the tags, where exits are to keep to their scheme. Raises UserError where they mark no spans."""
+  transitions = fields.get('transitions', Method.transitions)
+  if transitions == Method.transitions:
+    return {}
+  if schemes.scheme_of(labels) == 'plain':
+    raise UserError(
+      f'reducer.transitions is {transitions!r}, but the tags mark no spans: {", ".join(labels[:8])}; '
+      f'set it to {Method.transitions!r}.'
+    )
+  return {'tags': tuple(labels)}
+
+
 def idle(fields: Mapping[str, Any]) -> dict[str, float]:
   """Nothing exits."""
   return {'exit_threshold': LIMITS[fields.get('criterion', Method.criterion)][0]}
@@ -177,6 +198,8 @@ class Method(Reducer):
   copied: str = 'all'  # pieces of a word that halt; or 'first'
   keep_norm: bool = False  # a halted state goes through the output norm of each layer that it passes
   dropout: float = 0.3  # before an exit's classifier
+  transitions: str = 'free'  # or 'mask', 'refuse', 'both': exits keep to the scheme of the tags
+  tags: tuple[str, ...] = ()  # their names, as the run's data have them
   capacities: tuple[float, ...] = ()  # by layer, share of the padded length that words left are gathered into
   capacity_batch: int = 0  # sentences, or more, that share capacities; 0: each has its own
   batch_capacities: tuple[Any, ...] = ()  # these: as `costs.Validation.batch_capacities`
@@ -190,11 +213,17 @@ class Method(Reducer):
       ('criterion', self.criterion, tuple(LIMITS)),
       ('pool', self.pool, POOLS),
       ('copied', self.copied, COPIED),
+      ('transitions', self.transitions, TRANSITIONS),
     ):
       if value not in choices:
         raise UserError(f'reducer.{key} is {value!r}; choose one of {", ".join(choices)}')
     if self.level == 'token' and self.criterion != 'entropy':
       raise UserError("reducer.criterion goes with level='sentence'; words exit by entropy")
+    if self.level == 'sentence' and self.masks:
+      raise UserError(
+        f"reducer.transitions is {self.transitions!r}, which goes with level='token': words of a sentence exit together; "
+        "'refuse' goes with both"
+      )
     schedule.check_capacities(self.capacities, self.overflow_rate, depth)
     schedule.check_batch_capacities(self.batch_capacities, self.capacity_batch, depth)
     if self.level == 'sentence' and (self.capacities or self.overflow_rate) and not self.capacity_batch:
@@ -221,6 +250,16 @@ class Method(Reducer):
 
   def setup(self):
     self.exit = {str(l): WordHead(self.dropout) for l in self.layers}
+
+  @property
+  def masks(self) -> bool:
+    """Whether a word cannot have tags that those of its exited neighbours rule out."""
+    return self.transitions in ('mask', 'both')
+
+  @property
+  def refuses(self) -> bool:
+    """Whether words with tags that cannot stand side by side stay."""
+    return self.transitions in ('refuse', 'both')
 
   def readouts(self) -> tuple[str, ...]:
     return ('tokens',)
@@ -263,6 +302,13 @@ class Method(Reducer):
     }
     if 'exit_layers' in given:
       memory['exit_layers'] = given['exit_layers']
+    if self.transitions != 'free' and not (train or 'exit_layers' in given or self.is_initializing()):
+      if len(self.tags) != inputs.labels:
+        raise UserError(
+          f'reducer.transitions is {self.transitions!r}, for which reducer.tags has to name the {inputs.labels} tags in '
+          f'their order; it names {len(self.tags)}'
+        )
+      memory['word_tag'] = jnp.full((b, n), UNSAID)
     word = jnp.pad(word, ((0, 0), (0, tokens.added)), constant_values=-1)
     carry = {'word': word, 'first': word_exit.first_pieces(word)}
     if self.keep_norm:
@@ -281,14 +327,36 @@ class Method(Reducer):
     limit = (place * memory['exit_limits']).sum(-1, keepdims=True)
     if self.level == 'sentence':
       doubt = sentence_doubt(logits, valid, self.criterion, self.pool)[:, None]
-      return valid & (doubt < (limit if self.criterion == 'entropy' else 1 - limit))
-    return valid & (word_exit.window_max(uncertainty(logits), valid, memory['exit_window']) < limit)
+      sure = doubt < (limit if self.criterion == 'entropy' else 1 - limit)
+    else:
+      sure = word_exit.window_max(uncertainty(logits), valid, memory['exit_window']) < limit
+    return valid & sure & ~self.refused(memory)
+
+  @property
+  def illegal(self) -> Bool[Array, 'c c']:
+    """[i, j]: tag j cannot follow tag i."""
+    return jnp.asarray(decoding.illegal_transitions(self.tags))
+
+  def barred(self, memory: Memory, fixed: Bool[Array, 'b w']) -> Float[Array, 'b w c']:
+    """What is taken off the logits of words beside `fixed` ones."""
+    if not self.masks:
+      return jnp.zeros(memory['prediction'].shape)
+    return BARRED * word_exit.barred(memory['word_tag'], fixed, self.illegal)
+
+  def refused(self, memory: Memory) -> Bool[Array, '#b #w']:
+    """Words that have to stay, by the tags that all have by now."""
+    if 'word_tag' not in memory or not self.refuses:
+      return jnp.zeros((1, 1), bool)
+    tag = memory['word_tag']
+    found = word_exit.clashing(tag, tag != UNSAID, self.illegal)
+    return found.any(-1, keepdims=True) if self.level == 'sentence' else found
 
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
     word, done, length = tokens.carry['word'], memory['word_done'], memory['word_done'].shape[1]
     there = live(tokens) & (tokens.position >= 0)  # a place left over may hold what was dropped
     first = tokens.carry['first'] & there
     rooms = (self.capacities or self.batch_capacities) and not train and 'exit_layers' not in memory
+    stopped = jnp.zeros_like(done)
     if rooms:  # words that there was none for keep what the exit before said of them
       ran = tokens.updated > 0
       stopped = word_exit.of_words(first & ~ran, first, word, length) & ~done
@@ -299,9 +367,14 @@ class Method(Reducer):
       return tokens, memory
     labels = memory['prediction'].shape[2]
     pieces = self.exit[str(layer)](tokens.x.astype(jnp.float32), labels, train)
-    logits = word_exit.of_words(pieces, first, word, length)
-    sure = self.now(logits, word_exit.of_words(first, first, word, length), memory, layer, train)
-    new = (sure | stopped if rooms else sure) & ~done
+    logits, valid = (word_exit.of_words(x, first, word, length) for x in (pieces, first))
+    if 'word_tag' in memory:
+      fixed = done | stopped
+      off = self.barred(memory, fixed)
+      logits, pieces = logits - off, pieces - word_exit.to_pieces(off, word, 0.0)
+      memory = {**memory, 'word_tag': jnp.where(valid & ~fixed, logits.argmax(-1), memory['word_tag'])}
+    sure = self.now(logits, valid, memory, layer, train)
+    new = (sure | stopped) & ~done
     told = there & ran & ~word_exit.to_pieces(done, word, False) if rooms else None
     done |= new
     real, waited = memory['word_valid'], ~memory['exited']
