@@ -261,7 +261,7 @@ def batched(requests: Sequence[Any], pad: int) -> dict[str, list[dict]]:
 
 
 def timed(study: Study, options: argparse.Namespace) -> None:
-  """Writes times into the points of seed 0."""
+  """Writes times into the points of seed 0, but those of transitions: what these cost lies in their share of the MACs."""
   found = {
     row.name: row for row in study.runs if row.seed == 0 and (study.folder(row) / 'result.json').exists()
   }
@@ -286,7 +286,7 @@ def timed(study: Study, options: argparse.Namespace) -> None:
     points = {
       f'{point["name"]} at {point["budget"]}': point
       for point in study.points.get((name, 0), ())
-      if point['budget'] in options.budgets and point['metrics']
+      if point['budget'] in options.budgets and point['metrics'] and not CURVES[point['name']].transitions
     }
     if name in trained and points:
       trained[name].buckets = fine(trained[name].buckets[-1])

@@ -42,7 +42,7 @@ class Trained:
 
   def __init__(self, folder, limit=0):
     self.spec = {'name': 'none'} if 'dense' in str(folder) else settings('tokee', 'TINY')
-    self.exported = SimpleNamespace(reducer_spec=self.spec, config=TINY_CONFIG)
+    self.exported = SimpleNamespace(reducer_spec=self.spec, config=TINY_CONFIG, labels=('O', 'B-X', 'I-X'))
     self.buckets = (16, TINY_CONFIG.max_length)
     self.splits, self.params = {'test': Words()}, model_and_params({'name': 'none'}, readout='tokens')[1]
 
