@@ -5,8 +5,9 @@
 `theta` is what keeps: sigmoid(theta) is about the share of tokens that a layer takes in, and `mask_weight` holds soft
 training to it: with the paper's 1e-3, and a larger learning rate than the paper's, it learns to keep all it can. Variants
 and weights after a colon: `:concrete` (default), `:topk` (no thresholds: `--config.reducer.keep=0.35` of the tokens for each
-layer, nothing learned after the ApproxNet) or `:approx` (the ApproxNet of the pretrained encoder alone), and
-`:concrete,mpnet-base`.
+layer, nothing learned after the ApproxNet), `:approx` (the ApproxNet of the pretrained encoder alone) or `:oracle` (top-k by
+the true attention of the dense run, which the encoder then learns to do with: what a perfect ApproxNet would reach, at more
+than dense's cost), and `:concrete,mpnet-base`.
 """
 
 import ml_collections
@@ -31,7 +32,7 @@ STTABT = {
 }
 
 
-MODES = {'concrete': 'hard', 'topk': 'topk', 'approx': 'distil'}
+MODES = {'concrete': 'hard', 'topk': 'topk', 'approx': 'distil', 'oracle': 'topk'}
 
 
 def get_config(argument: str = 'concrete') -> ml_collections.ConfigDict:
@@ -59,11 +60,15 @@ def get_config(argument: str = 'concrete') -> ml_collections.ConfigDict:
   )
   # Nothing is left to learn, but capacities are found at the end of a stage.
   settled = (settings.stage(name='topk', epochs=1, init='approx', train='head/.*'),)
+  oracle = settings.stage(name='oracle', epochs=1, init='tune', train='(?!reducer/).*')
   with config.unlocked():
     config.reducer = {**STTABT, 'mode': MODES[variant]}
     config.stages = {
       'concrete': (tune, approx, *concrete), 'topk': (tune, approx, *settled), 'approx': (alone,),
+      'oracle': (tune, oracle),
     }[variant]  # fmt: skip
+    if variant == 'oracle':
+      config.reducer.factor = 1
     config.optimizer.groups = (('head/.*|reducer/thresholds/.*', 10.0),)
     config.task.readout = 'cls'
     config.model.executor = 'compact'

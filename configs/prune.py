@@ -3,9 +3,10 @@
     python main.py --config=configs/prune.py:ltp,runs/dense --workdir=runs/ltp --config.reducer.target_macs=0.4
 
 After the colon: a method (dense: trained on as long as most of them; pf, c_late, c_early, pfc_late, pfc_early, ltp, power,
-sttabt, abt: back-tracking without thresholds, approx: their ApproxNet alone, topk, cascade, spatten, manual, exits, pyramid,
-student, student_third; of a dense tagger also tokee, sentee), the workdir of a finished dense run and, where there is one,
-that of a run which the method's first stage need not repeat: for sttabt and abt one of approx, for tokee one of sentee.
+sttabt, abt: back-tracking without thresholds, approx: their ApproxNet alone, oracle: abt by the true attention, topk,
+cascade, spatten, manual, exits, pyramid, student, student_third; of a dense tagger also tokee, sentee), the workdir of a
+finished dense run and, where there is one, that of a run which the method's first stage need not repeat: for sttabt and abt
+one of approx, for tokee one of sentee.
 approx itself goes on from a given one, of other texts or of the pretrained encoder (`imdb_sttabt.py:approx`). A method's
 recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
 `topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from labels alone;
@@ -42,6 +43,7 @@ RECIPES = {
   'sttabt': (imdb_sttabt, 'concrete'),
   'abt': (imdb_sttabt, 'topk'),
   'approx': (imdb_sttabt, 'approx'),
+  'oracle': (imdb_sttabt, 'oracle'),
   'topk': (imdb_topk, 'third'),
   'cascade': (imdb_topk, 'cascade'),
   'spatten': (imdb_topk, 'spatten'),

@@ -66,6 +66,17 @@ def test_thresholds_are_learned_from_two_runs(runs, tmp_path):
     assert found['shift'] != 0 and len(found['capacities']) == 4
 
 
+def test_the_oracle_plans_by_the_attention_of_the_dense_run(runs, tmp_path):
+  result = train.run(given('oracle', runs / 'dense'), tmp_path)
+  assert 1 < result['mac_ratio'] < 2 and list(result['stages']) == ['oracle']
+  own, dense = (export.load_exported(folder / 'model').params for folder in (tmp_path, runs / 'dense'))
+  jax.tree.map(np.testing.assert_array_equal, own['reducer']['approx']['encoder'], dense['encoder'])
+  moved = [
+    not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (own['encoder'], dense['encoder'])))
+  ]
+  assert any(moved)  # it learns to do with what is left
+
+
 def test_an_approx_net_goes_on_from_other_texts(runs, tmp_path):
   config = given('approx', runs / 'dense', runs / 'approx')
   [found] = config['stages']

@@ -13,6 +13,7 @@ from tokenprune_jax import optim, pretrained, specs, writer
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier
+from tokenprune_jax.reducer import Reducer
 
 # Parts of a model that a source need not have: they then keep their fresh values.
 OPTIONAL = ('head/', 'reducer/')
@@ -28,6 +29,7 @@ def graft(model: Classifier, key: jax.Array, source: Mapping[str, Any], origin: 
   first tensor that does not fit.
   """
   here, there = optim.flatten(param_shapes(model)), optim.flatten(source)
+  there = copied(model.reducer, there) | there
   taken, new = {}, []
   for path in sorted(here.keys() | there.keys()):
     shapes = [tuple(side[path].shape) if path in side else None for side in (here, there)]
@@ -50,6 +52,15 @@ def graft(model: Classifier, key: jax.Array, source: Mapping[str, Any], origin: 
 
   # Under jit, so that what is not new is not computed either.
   return optim.unflatten(taken | jax.device_get(jax.jit(make_new)(key)))
+
+
+def copied(reducer: Reducer, params: Mapping[str, Any]) -> dict[str, Any]:
+  """What a method's own parameters begin as where it copies others of the model; params: flat, by path."""
+  found: dict[str, Any] = {}
+  for own, other in reducer.copies().items():
+    parts = (path.removeprefix(f'{other}/') for path in params if path.startswith(f'{other}/'))
+    found |= {f'reducer/{own}/{part}': params[f'{other}/{part}'] for part in parts}
+  return found
 
 
 @functools.lru_cache(maxsize=16)

@@ -85,6 +85,10 @@ class Reducer(nn.Module):
     """Whether it has to know which word each token is a piece of: `Inputs.words`."""
     return False
 
+  def copies(self) -> dict[str, str]:
+    """Parts of its parameters that begin as another part of the model's where nothing is given: {path: that path}."""
+    return {}
+
   def soft(self) -> str:
     """How masks act while they are soft and the task's gradient has to reach them; '': they are hard.
 

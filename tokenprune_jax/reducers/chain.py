@@ -49,6 +49,13 @@ class Method(Reducer):
   def needs_words(self) -> bool:
     return any(reducer.needs_words() for reducer in self.reducers)
 
+  def copies(self) -> dict[str, str]:
+    return {
+      f'reducers_{place}/{own}': other
+      for place, reducer in enumerate(self.reducers)
+      for own, other in reducer.copies().items()
+    }
+
   def soft(self) -> str:
     return next((reducer.soft() for reducer in self.reducers if reducer.soft()), '')
 

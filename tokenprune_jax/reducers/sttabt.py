@@ -13,6 +13,9 @@ the tokens of its own plan entry and updates those of the next, so that its atte
           + mask_weight (sigmoid(theta) - mean over layers of the share of tokens that are updated)^2
   hard    the same, with masks of 0 and 1; what validation and inference see in either
 
+With `factor=1` the ApproxNet begins as a copy of the encoder: the oracle, which plans by the true attention of the dense
+run and shows what a perfect ApproxNet would keep. It costs more than it saves.
+
 Controls of a request: `keep` (topk), `shift` (added to all thresholds) [b], in place of the fields.
 
 The read-out has to be [CLS]: a mean over all tokens needs all of them. Reconstructed here: the ApproxNet's classifier is a
@@ -210,7 +213,8 @@ def least(fields: Mapping[str, Any], config: EncoderConfig, lengths: np.ndarray)
 
 def inherits(fields: Mapping[str, Any]) -> str:
   """The parameters that an earlier stage has to have learned, as a regular expression."""
-  return '' if fields.get('mode', Method.mode) == 'distil' else 'approx/.*'
+  whole = fields.get('factor', Method.factor) == 1  # an oracle copies the encoder
+  return '' if whole or fields.get('mode', Method.mode) == 'distil' else 'approx/.*'
 
 
 class Method(Reducer):
@@ -259,6 +263,9 @@ class Method(Reducer):
       self.widths = Widths()
     if self.mode in ('soft', 'hard'):
       self.thresholds = Thresholds()
+
+  def copies(self) -> dict[str, str]:
+    return {'approx/encoder': 'encoder'} if self.factor == 1 else {}
 
   def readouts(self) -> tuple[str, ...]:
     return ('cls', 'mean') if self.mode == 'distil' else ('cls',)
