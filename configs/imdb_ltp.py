@@ -21,6 +21,7 @@ LTP = {
   'weight': 0.1,
   'target_macs': 0.0,
   'score_gradient': 0.3,
+  'floor': 0.0,
   'scale': 1.0,
   'score_norm': 'received',
   'soft_form': 'stream',

@@ -22,6 +22,8 @@ STTABT = {
   'factor': 4,
   'keep': 0.35,
   'theta': -1.0,
+  'shift': 0.0,
+  'mix': 0.1,
   'target_macs': 0.0,
   'theta_weight': 1e-3,
   'mask_weight': 10.0,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.tiny_run import config as tiny_config
-from tokenprune_jax import export, session, settings, tasks, train
+from tokenprune_jax import export, models, session, settings, specs, tasks, train
 from tokenprune_jax.errors import UserError
 
 sys.path.insert(0, '.')  # configs is no part of the installed package
@@ -95,6 +95,14 @@ def test_a_student_learns_from_another_run(runs, tmp_path):
   assert config['stages'][0]['teacher'] == config['stages'][0]['init'] == str(runs / 'dense')
   config['reducer'] |= {'layers': (1, 4)}
   assert train.run(config, tmp_path)['mac_ratio'] == pytest.approx(0.5, abs=0.01)
+
+
+def test_every_setting_of_a_method_can_be_given_on_the_command_line():
+  by_the_run = {'tags'}  # what only its data say
+  for recipe, variant in prune.RECIPES.values():
+    listed = recipe.get_config(f'{variant},{WEIGHTS}').reducer.to_dict()
+    for own, whole in zip(*(specs.members(spec) for spec in (listed, models.whole_spec(listed)))):
+      assert set(whole) - set(own) <= by_the_run, (variant, own['name'])
 
 
 @pytest.mark.parametrize('method', [name for name in prune.RECIPES if name not in TAGGERS])
