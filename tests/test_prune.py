@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.tiny_run import config as tiny_config
-from tokenprune_jax import export, models, session, settings, specs, tasks, train
+from tokenprune_jax import export, initial, models, optim, session, settings, specs, tasks, train
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import make_reducer
 
 sys.path.insert(0, '.')  # configs is no part of the installed package
 
@@ -66,15 +67,19 @@ def test_thresholds_are_learned_from_two_runs(runs, tmp_path):
     assert found['shift'] != 0 and len(found['capacities']) == 4
 
 
-def test_the_oracle_plans_by_the_attention_of_the_dense_run(runs, tmp_path):
-  result = train.run(given('oracle', runs / 'dense'), tmp_path)
-  assert 1 < result['mac_ratio'] < 2 and list(result['stages']) == ['oracle']
-  own, dense = (export.load_exported(folder / 'model').params for folder in (tmp_path, runs / 'dense'))
-  jax.tree.map(np.testing.assert_array_equal, own['reducer']['approx']['encoder'], dense['encoder'])
-  moved = [
-    not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (own['encoder'], dense['encoder'])))
-  ]
-  assert any(moved)  # it learns to do with what is left
+def test_the_oracle_begins_as_a_copy_of_the_encoder_that_it_then_keeps(runs):
+  config = given('oracle', runs / 'dense')
+  [found] = config['stages']
+  model = session.classifier(config, session.load_weights(config), config['reducer'], labels=2)
+  dense = export.load_exported(runs / 'dense' / 'model').params
+  params = initial.graft(model, jax.random.key(0), dense, 'the dense run')
+  jax.tree.map(np.testing.assert_array_equal, params['reducer']['approx']['encoder'], dense['encoder'])
+  trained = optim.trainable(initial.param_shapes(model), found['train'], model.unused_blocks())
+  assert {path.split('/')[0] for path in trained} == {'encoder', 'head'}
+  inside = initial.copied(
+    make_reducer({'name': 'chain', 'reducers': ({'name': 'none'}, config['reducer'])}), {'encoder/a': 1}
+  )
+  assert inside == {'reducer/reducers_1/approx/encoder/a': 1}
 
 
 def test_an_approx_net_goes_on_from_other_texts(runs, tmp_path):
