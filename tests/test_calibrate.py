@@ -56,6 +56,22 @@ def test_capacities_that_batches_share_are_found_with_the_setting(run, tmp_path,
   for one, other in zip(shared, alone):  # what there is no room for is computed again
     assert one['probabilities'] == pytest.approx(other['probabilities'], abs=1e-4)
   calibration = calibrate.Calibration(tmp_path / 'run')
+  for given, said in (
+    ('threshold', "--with is 'threshold'; expected FIELD=VALUE"),
+    ('ltp.scale=2', "--with is 'ltp.scale=2'; expected FIELD=VALUE"),
+    ('thresold=0.2', "has no setting 'thresold'.*did you mean 'threshold'"),
+    ('threshold=2', 'reducer.threshold is 2.0; it is a share'),
+    (
+      'head=attention',
+      r'--with head=attention: reducer/exit_1/.*run has not learned that: choose what needs no training',
+    ),
+  ):
+    with pytest.raises(UserError, match=said):
+      calibration.change([given])
+  other = calibrate.Calibration(tmp_path / 'run')
+  other.change(['criterion=max_probability', 'threshold=0.5'])
+  spec = other.at(0.8).spec
+  assert spec['criterion'] == 'max_probability' and other.at(0.8).mac_ratio == pytest.approx(0.8, abs=0.05)
   # A setting of the method, as it is: all leave at the first exit. A request can have it too.
   all_leave = calibration.with_setting('threshold=1')
   assert all_leave.spec['threshold'] == 1.0 and all_leave.mac_ratio < 0.6

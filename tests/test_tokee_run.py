@@ -100,12 +100,14 @@ def test_the_layers_that_words_exit_at(run):
 
 def test_calibration_goes_by_the_f1_of_spans(run, capsys, monkeypatch):
   folder, _ = run
-  assert calibrate.main([f'--run={folder}', '--macs=0.6', f'--out={folder}/cheap']) == 0
+  changed = ['--with', 'window=1', '--with', 'transitions=mask']
+  assert calibrate.main([f'--run={folder}', '--macs=0.6', f'--out={folder}/cheap', *changed]) == 0
   said = capsys.readouterr().err
   assert 'f1' in said and 'accuracy' not in said
   cheap = pretrained.load_exported(folder / 'cheap')
   assert cheap.reducer_spec['threshold'] != 0.3 and cheap.constrained
   assert cheap.reducer_spec['tags'] == tuple(cheap.labels)  # what exits keep to is exported with them
+  assert (cheap.reducer_spec['window'], cheap.reducer_spec['transitions']) == (1, 'mask')
   calibration = calibrate.Calibration(folder, limit=8)
   assert len(calibration.splits['valid'].words.sentences) == 8
   assert calibration.at(1.0).mac_ratio == pytest.approx(1, abs=0.02)

@@ -13,11 +13,15 @@ model where the method that is set removes nothing (in a chain the others go on 
 it began from: that one's accuracy can be asked for by `--accuracy`. Of a tagger whose tags mark spans, accuracy is the F1 of
 spans. What can be set is what the method has one number for: see `at_budget` in its file.
 
+`--with FIELD=VALUE` first changes what needs no training in the method: of a tagger `--with window=1 --with
+transitions=both`, in a chain `--with ltp.first_layer=True`.
+
 With `--batch=16` a method whose examples, or words, exit by themselves also gets capacities that batches of 16 or more share:
 its savings then show in one compiled program, by the executor `compact`, and not under `serve` alone.
 """
 
 import argparse
+import ast
 import functools
 import json
 import pathlib
@@ -33,6 +37,7 @@ from tokenprune_jax import (
   costs,
   data,
   evaluate,
+  initial,
   models,
   pretrained,
   specs,
@@ -167,12 +172,31 @@ class Calibration:
     ratio = rows['macs'].sum(dtype=np.float64) / rows['dense_macs'].sum(dtype=np.float64)
     return Setting(spec, float(scores[metric]), float(ratio), metric)
 
+  def change(self, given: Sequence[str]) -> None:
+    """From here on settings are of the method with other fields: 'FIELD=VALUE', of a chain's member 'METHOD.FIELD=VALUE'.
+
+    Raises UserError where it has no such field or cannot have that value, or where its parameters would have to be others.
+    """
+    spec, names = self.wanted, specs.names(self.wanted)
+    for text in given:
+      place, _, value = text.partition('=')
+      method, _, field = place.rpartition('.')
+      method = method or names[0]
+      if not field or not value or method not in names or (method == 'chain' and field != 'reducers'):
+        chained = f'METHOD.FIELD=VALUE, a method being one of {", ".join(names[1:])}'
+        raise UserError(f'--with is {text!r}; expected {"FIELD=VALUE" if len(names) == 1 else chained}')
+      spec = specs.with_handed_on(spec, {method: {field: literal(value)}})
+    spec = specs.labelled(spec, self.exported.labels)
+    remedy = f'{self.folder} has not learned that: choose what needs no training'
+    initial.check_reducer(self.model(spec), self.params, f'--with {" --with ".join(given)}', remedy)
+    self.wanted, self.known = spec, [spec]
+
   def share(self, size: int, overflow_rate: float) -> None:
     """From here on settings have capacities that batches of `size` share, and are timed by `compact`.
 
     Raises UserError where the method has none.
     """
-    self.wanted, self.executor = specs.sharing(self.exported.reducer_spec, size, overflow_rate), 'compact'
+    self.wanted, self.executor = specs.sharing(self.wanted, size, overflow_rate), 'compact'
 
   def at(self, budget: float) -> Setting:
     """The setting that costs `budget`. Raises UserError where none is that cheap."""
@@ -297,6 +321,14 @@ class Calibration:
     )  # fmt: skip
 
 
+def literal(text: str) -> Any:
+  """A number, truth value, or list as Python writes it; anything else as it stands."""
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text
+
+
 def is_number(text: str) -> bool:
   """Whether it reads as a finite number."""
   try:
@@ -329,6 +361,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
   goal.add_argument('--setting', help="NAME=NUMBER, one of the method's own settings, as it is")
   parser.add_argument('--documents', type=int, default=0, help='of the validation split; 0: all')
   parser.add_argument(
+    '--with',
+    action='append',
+    default=[],
+    dest='changes',
+    metavar='FIELD=VALUE',
+    help='of the method, first of all',
+  )
+  parser.add_argument(
     '--batch', type=int, default=0, help='examples, or more, that share capacities; 0: as the run has it'
   )
   parser.add_argument(
@@ -341,6 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.documents < 0:
       raise UserError(f'--documents is {options.documents}; expected a number of documents, or 0 for all')
     calibration = Calibration(options.run, options.documents)
+    if options.changes:
+      calibration.change(options.changes)
     if options.batch:
       calibration.share(options.batch, options.overflow)
     if options.macs is not None:

@@ -69,8 +69,10 @@ def param_shapes(model: Classifier) -> Any:
   return jax.eval_shape(model.init_params, jax.random.key(0))
 
 
-def check_reducer(model: Classifier, params: Mapping[str, Any], source: str) -> None:
-  """Raises UserError where the method of a model has not the parameters that it needs; source: what to call them."""
+def check_reducer(
+  model: Classifier, params: Mapping[str, Any], source: str, remedy: str = 'export the model again'
+) -> None:
+  """Raises UserError where the method of a model has not the parameters that it needs; source: what names the method."""
   here = optim.flatten(param_shapes(model).get('reducer', {}))
   there = optim.flatten(params.get('reducer', {}))
   for path, wanted in here.items():
@@ -78,7 +80,7 @@ def check_reducer(model: Classifier, params: Mapping[str, Any], source: str) -> 
     if found != wanted.shape:
       raise UserError(
         f'{source}: reducer/{path} has the shape {found}, but the method that is named there wants {wanted.shape} '
-        '(None: missing); export the model again'
+        f'(None: missing); {remedy}'
       )
 
 
