@@ -7,6 +7,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from tokenprune_jax import host_memory
 from tokenprune_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File of the experiment, with an optional :variant.')
@@ -54,6 +55,7 @@ def cause(error, arguments):
 
 def main(arguments):
   """Exit status: 0 finished, 2 wrong input, 128 + signal where it was stopped (training saves first)."""
+  host_memory.keep()
   logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each error that is also raised
   app.define_help_flags()
   try:
