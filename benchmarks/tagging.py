@@ -62,9 +62,9 @@ CURVES = {
   'tokee_15': Curve('TOKEE, window 15', 'tokee', 15),
   'tokee_5': Curve('TOKEE, window 5', 'tokee', 5),
   'tokee_1': Curve('TOKEE, window 1', 'tokee', 1),
-  'tokee_1_mask': Curve('TOKEE, window 1, tags of neighbours rule out', 'tokee', 1, 'mask'),
-  'tokee_1_refuse': Curve('TOKEE, window 1, words that clash stay', 'tokee', 1, 'refuse'),
-  'tokee_1_both': Curve('TOKEE, window 1, both', 'tokee', 1, 'both'),
+  'tokee_1_mask': Curve('TOKEE, window 1, transitions: mask', 'tokee', 1, 'mask'),
+  'tokee_1_refuse': Curve('TOKEE, window 1, transitions: refuse', 'tokee', 1, 'refuse'),
+  'tokee_1_both': Curve('TOKEE, window 1, transitions: both', 'tokee', 1, 'both'),
   'student': Curve('student, half of the layers', 'student'),
   'student_third': Curve('student, a third of the layers', 'student_third'),
 }
