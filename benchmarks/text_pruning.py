@@ -209,9 +209,19 @@ class Study:
     before = report.read(self.path)
     known = {key(point): point for point in before['rows'] if settled(point)}
     self.document = {
-      **report.header(command), 'rows': [known.get(key(point), point) for point in points],
+      **report.header(command), 'rows': [self.kept(known.get(key(point), point)) for point in points],
       'divergences': before.get('divergences', {}), 'quartiles': before.get('quartiles', {}),
     }  # fmt: skip
+
+  def kept(self, point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point as the file has it: with its parts by length only where the study tells gains by these."""
+    return {name: value for name, value in point.items() if name != 'by_length' or self.plan.lengths}
+
+  def put(self, place: int, point: Mapping[str, Any]) -> None:
+    """Writes a measured point down."""
+    self.document['rows'][place] = self.kept(point)
+    tell(point)
+    workdir.write_json(self.path, self.document)
 
   def save(self) -> None:
     """The file, its table and its plots."""
@@ -272,9 +282,7 @@ class Study:
         return
     trained = Trained(self.folder(row), FOUND_ON) if places else None
     for place in places:
-      point = self.document['rows'][place] = measured(self.document['rows'][place], trained)
-      tell(point)
-      workdir.write_json(self.path, self.document)
+      self.put(place, measured(self.document['rows'][place], trained))
     if row.dataset == 'ag_short' and row.name not in self.document['quartiles']:
       self.document['quartiles'][row.name] = quartiles(self.folder(row))
 
@@ -297,9 +305,7 @@ class Study:
       dense = Trained(self.folder(row), FOUND_ON)
       approx = {name: Trained(self.folder(found)).params['reducer'] for name, found in students.items()}
       for place in places:
-        point = self.document['rows'][place] = untrained(self.document['rows'][place], dense, approx)
-        tell(point)
-        workdir.write_json(self.path, self.document)
+        self.put(place, untrained(self.document['rows'][place], dense, approx))
       if dataset not in self.document['divergences']:
         self.document['divergences'][dataset] = divergences(dense, approx)
 
