@@ -59,6 +59,8 @@ def test_capacities_that_batches_share_are_found_with_the_setting(run, tmp_path,
   for given, said in (
     ('threshold', "--with is 'threshold'; expected FIELD=VALUE"),
     ('ltp.scale=2', "--with is 'ltp.scale=2'; expected FIELD=VALUE"),
+    ('name=topk', "--with is 'name=topk'; expected FIELD=VALUE"),
+    ('threshold={[1]: 2}', r"threshold is '\{\[1\]: 2\}', a str; a float was expected"),
     ('thresold=0.2', "has no setting 'thresold'.*did you mean 'threshold'"),
     ('threshold=2', 'reducer.threshold is 2.0; it is a share'),
     (

@@ -99,16 +99,18 @@ def test_exits_may_keep_to_the_scheme_of_the_tags(transitions):
 
 
 def test_a_sentence_stays_while_its_tags_break_the_scheme():
-  spec = {**TINY, 'level': 'sentence', 'threshold': 1.1, 'transitions': 'refuse', 'tags': TAGS}
+  tags = ('O', 'I-X', 'B-X')  # in this order half of the sentences clash at the first exit
+  spec = {**TINY, 'level': 'sentence', 'threshold': 1.1, 'transitions': 'refuse', 'tags': tags}
   model, params = model_and_params(spec)
-  masked, wrong = apply(model, params, BATCH), decoding.illegal_transitions(TAGS)
+  masked, wrong = apply(model, params, BATCH), decoding.illegal_transitions(tags)
   rows = np.asarray(masked.trace.rows)
   for i in range(len(LENGTHS)):
     exits = np.asarray(masked.exits)[i].argmax(-1)  # [l w]
     count = int(FIRST[i].sum())
-    legal = [not wrong[tags[: count - 1], tags[1:count]].any() for tags in exits]
+    legal = [not wrong[said[: count - 1], said[1:count]].any() for said in exits]
     left = legal.index(True) + 1 if any(legal) else len(rows[i])
     assert (rows[i] > 0).sum() == left
+  assert len(set((rows > 0).sum(1).tolist())) > 1
   close(masked.logits, apply(model.clone(executor='compact'), params, BATCH).logits)
 
 
@@ -117,11 +119,21 @@ def test_tags_that_are_not_named_or_mark_no_spans():
   with pytest.raises(UserError, match='name the 3 tags in their order; it names 0'):
     apply(model, params, BATCH)
   with pytest.raises(UserError, match='mark no spans: NN, VB; set it to'):
-    tokee.labelled({'transitions': 'both'}, ('NN', 'VB'))
-  assert tokee.labelled({'transitions': 'both'}, TAGS) == {'tags': TAGS}
-  assert tokee.labelled({}, ('NN', 'VB')) == {}
+    tokee.labelled({'transitions': 'both'}, ('NN', 'VB'), 'plain')
+  assert tokee.labelled({'transitions': 'both'}, TAGS, 'bio') == {'tags': TAGS}
+  assert tokee.labelled({}, ('NN', 'VB'), 'plain') == {}
   with pytest.raises(UserError, match="goes with level='token'"):
     make_reducer({**TINY, 'level': 'sentence', 'transitions': 'mask'}).check(4, 2)
+
+
+def test_frozen_slots_of_another_method_are_no_words_without_room():
+  frozen = {'name': 'topk', 'shares': (0.9, 0.7, 0.7, 0.7), 'leavers': 'frozen'}
+  for key, value in (('capacities', (1.0,) * 4), ('overflow_rate', 0.01), ('capacity_batch', 8)):
+    chain = make_reducer({'name': 'chain', 'reducers': (frozen, {**TINY, key: value})})
+    with pytest.raises(
+      UserError, match=rf'reducer.reducers\[1\].{key} takes a slot that is seen and not updated'
+    ):
+      chain.check(4, 2)
 
 
 def test_executors_agree_where_another_method_prunes_too():

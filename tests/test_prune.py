@@ -76,6 +76,14 @@ def test_the_oracle_begins_as_a_copy_of_the_encoder_that_it_then_keeps(runs):
   jax.tree.map(np.testing.assert_array_equal, params['reducer']['approx']['encoder'], dense['encoder'])
   trained = optim.trainable(initial.param_shapes(model), found['train'], model.unused_blocks())
   assert {path.split('/')[0] for path in trained} == {'encoder', 'head'}
+  narrow = {**config['reducer'], 'factor': 4}
+  narrow = session.classifier(config, session.load_weights(config), narrow, labels=2).init_params(
+    jax.random.key(1)
+  )
+  params = initial.graft(
+    model, jax.random.key(0), {**narrow, 'encoder': dense['encoder']}, 'a run of another factor'
+  )
+  jax.tree.map(np.testing.assert_array_equal, params['reducer']['approx']['encoder'], dense['encoder'])
   inside = initial.copied(
     make_reducer({'name': 'chain', 'reducers': ({'name': 'none'}, config['reducer'])}), {'encoder/a': 1}
   )

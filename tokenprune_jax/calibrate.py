@@ -182,11 +182,11 @@ class Calibration:
       place, _, value = text.partition('=')
       method, _, field = place.rpartition('.')
       method = method or names[0]
-      if not field or not value or method not in names or (method == 'chain' and field != 'reducers'):
+      if field in ('', 'name') or not value or method not in names or method == 'chain':
         chained = f'METHOD.FIELD=VALUE, a method being one of {", ".join(names[1:])}'
         raise UserError(f'--with is {text!r}; expected {"FIELD=VALUE" if len(names) == 1 else chained}')
       spec = specs.with_handed_on(spec, {method: {field: literal(value)}})
-    spec = specs.labelled(spec, self.exported.labels)
+    spec = specs.labelled(spec, self.exported.labels, self.splits['valid'].words)
     remedy = f'{self.folder} has not learned that: choose what needs no training'
     initial.check_reducer(self.model(spec), self.params, f'--with {" --with ".join(given)}', remedy)
     self.wanted, self.known = spec, [spec]
@@ -325,7 +325,7 @@ def literal(text: str) -> Any:
   """A number, truth value, or list as Python writes it; anything else as it stands."""
   try:
     return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
+  except (SyntaxError, TypeError, ValueError):
     return text
 
 

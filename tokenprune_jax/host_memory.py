@@ -9,7 +9,7 @@ import os
 import sys
 
 # Of glibc's malloc.h: one heap for all threads, no blocks of their own, and nothing of it given back.
-SETTINGS = {'M_ARENA_MAX': (-8, 1), 'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, 2**31 - 1)}
+SETTINGS = {'M_ARENA_MAX': (-8, 1), 'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1)}
 
 
 def keep() -> bool:

@@ -29,7 +29,9 @@ def graft(model: Classifier, key: jax.Array, source: Mapping[str, Any], origin: 
   first tensor that does not fit.
   """
   here, there = optim.flatten(param_shapes(model)), optim.flatten(source)
-  there = copied(model.reducer, there) | there
+  for path, value in copied(model.reducer, there).items():
+    if path in here and (path not in there or there[path].shape != here[path].shape):
+      there[path] = value
   taken, new = {}, []
   for path in sorted(here.keys() | there.keys()):
     shapes = [tuple(side[path].shape) if path in side else None for side in (here, there)]

@@ -61,7 +61,7 @@ def prepare(config: dict[str, Any], folder: pathlib.Path) -> Session:
       'set it to False.'
     )
   for stage in config['stages']:
-    specs.labelled(stages.reducer_spec(config['reducer'], [], stage), dataset.labels)
+    specs.labelled(stages.reducer_spec(config['reducer'], [], stage), dataset.labels, words)
   names = [stage['name'] for stage in config['stages']]
   for stage in config['stages']:
     if stage['teacher'] and stage['teacher'] not in names:

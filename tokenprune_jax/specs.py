@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from tokenprune_jax import reducers, request
+from tokenprune_jax.data import Words
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import Classifier, whole_spec
 from tokenprune_jax.reducer import Reducer
@@ -79,10 +80,14 @@ def with_handed_on(spec: Mapping[str, Any], fields: Mapping[str, Mapping[str, An
   return dict(spec)
 
 
-def labelled(spec: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-  """`spec` with what its methods have to know of the labels' names. Raises UserError where these do not suit one."""
+def labelled(spec: Mapping[str, Any], labels: Sequence[str], words: Words | None) -> dict[str, Any]:
+  """`spec` with what its methods have to know of the labels. Raises UserError where these do not suit one.
+
+  words: of a split, where labels are tags of words.
+  """
+  scheme = '' if words is None else words.scheme
   fields = {
-    member['name']: file.labelled(member, labels)
+    member['name']: file.labelled(member, labels, scheme)
     for member in members(spec)
     if hasattr(file := module(member['name']), 'labelled')
   }

@@ -16,8 +16,8 @@ A method brings its own in `reducers/NAME.py`, beside its module, as plain value
   MODE_ORDER = ('soft', 'hard')       the order in which stages may have it in these modes
   def least(fields, encoder, lengths) -> share of dense's multiply-adds that is left of texts of these lengths, whatever it
                                          removes: a `target_macs` below that is refused before the first stage
-  def labelled(fields, labels)        -> {field: value}: what it has to know of the labels' names; raises UserError where
-                                         these do not suit it
+  def labelled(fields, labels, scheme) -> {field: value}: what it has to know of the labels' names, tags of that scheme ('' of
+                                         texts); raises UserError where these do not suit it
   def check_length(fields, length)    raises UserError for texts of up to so many tokens that the method cannot read
 
 fields: the method's spec as the stage was trained. `apply(params, batch, rng)` is one forward pass

@@ -133,7 +133,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
 
   # -------------------------------------------------------------------------------------------------- Model
   spec = stages.reducer_spec(config['reducer'], [earlier.fields for earlier in done.values()], stage)
-  spec = specs.labelled(spec, session.dataset.labels)
+  spec = specs.labelled(spec, session.dataset.labels, session.dataset.splits['train'].words)
   model = make_model(session, spec)
   objective = stages.find_objective(stage, spec, session.task)
   shapes = initial.param_shapes(model)

@@ -36,10 +36,12 @@ class Method(Reducer):
         )
     for place, reducer in enumerate(self.reducers):
       others = [other for other in self.reducers if other is not reducer]
-      if getattr(reducer, 'capacity_batch', 0) and any('rows' in other.separates() for other in others):
+      keys = ['capacity_batch', *(['capacities', 'overflow_rate'] if reducer.needs_words() else [])]
+      given = [key for key in keys if getattr(reducer, key, 0)]
+      if given and any('rows' in other.separates() for other in others):
         raise UserError(
-          f'reducer.reducers[{place}].capacity_batch takes a slot that is seen and not updated for one that found no room, '
-          'but another method of the chain leaves such slots: set it to 0'
+          f'reducer.reducers[{place}].{given[0]} takes a slot that is seen and not updated for one that found no room, '
+          f'but another method of the chain leaves such slots: set it to {"()" if given[0] == "capacities" else 0}'
         )
 
   def readouts(self) -> tuple[str, ...]:

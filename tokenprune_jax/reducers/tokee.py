@@ -35,7 +35,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenprune_jax import budget, decoding, schedule, word_exit
-from tokenprune_jax.data import tags as schemes
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.layers import Dense, Dropout
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
@@ -51,6 +50,7 @@ LEVELS = ('token', 'sentence')
 POOLS = ('max', 'mean')
 COPIED = ('all', 'first')
 TRANSITIONS = ('free', 'mask', 'refuse', 'both')
+REFUSING = ('refuse', 'both')
 UNSAID = -1  # the tag of a word that no exit has told yet
 BARRED = 30.0  # taken off the logit of a tag that cannot be
 SURE_OF_ALL = 1.1  # a threshold above every uncertainty
@@ -136,12 +136,12 @@ TAUGHT = ('tags_sampled',)
 
 
 # ------------------------------------------------------------------------------------------------ Calibration
-def labelled(fields: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+def labelled(fields: Mapping[str, Any], labels: Sequence[str], scheme: str) -> dict[str, Any]:
   """The names of the tags, where exits are to keep to their scheme. Raises UserError where they mark no spans."""
   transitions = fields.get('transitions', Method.transitions)
-  if transitions == Method.transitions:
+  if transitions not in TRANSITIONS[1:]:
     return {}
-  if schemes.scheme_of(labels) == 'plain':
+  if scheme not in ('bio', 'bioes'):
     raise UserError(
       f'reducer.transitions is {transitions!r}, but the tags mark no spans: {", ".join(labels[:8])}; '
       f'set it to {Method.transitions!r}.'
@@ -178,7 +178,11 @@ def threshold_for(fields: Mapping[str, Any], target: float, validation: Any) -> 
   if (least := cost(cheap)) > target:
     raise UserError(
       f'the budget is {target}, but on the validation split at least {least:.3f} of the dense multiply-adds are left, '
-      'where all exit at the first layer with an exit. Ask for more, or put an exit behind a lower layer.'
+      'where all exit at the first layer with an exit'
+      + (
+        ', but words whose tags clash (reducer.transitions)' if fields.get('transitions') in REFUSING else ''
+      )
+      + '. Ask for more, or put an exit behind a lower layer.'
     )
   return budget.bisect(cost, target, dear, cheap)
 
@@ -259,7 +263,7 @@ class Method(Reducer):
   @property
   def refuses(self) -> bool:
     """Whether words with tags that cannot stand side by side stay."""
-    return self.transitions in ('refuse', 'both')
+    return self.transitions in REFUSING
 
   def readouts(self) -> tuple[str, ...]:
     return ('tokens',)
@@ -341,7 +345,8 @@ class Method(Reducer):
     """What is taken off the logits of words beside `fixed` ones."""
     if not self.masks:
       return jnp.zeros(memory['prediction'].shape)
-    return BARRED * word_exit.barred(memory['word_tag'], fixed, self.illegal)
+    tag = memory['word_tag']
+    return BARRED * word_exit.barred(tag, fixed & (tag != UNSAID), self.illegal)
 
   def refused(self, memory: Memory) -> Bool[Array, '#b #w']:
     """Words that have to stay, by the tags that all have by now."""
