@@ -86,7 +86,7 @@ class Reducer(nn.Module):
     return False
 
   def copies(self) -> dict[str, str]:
-    """Parts of its parameters that begin as another part of the model's where nothing is given: {path: that path}."""
+    """Parts of its parameters that begin as another part of the model's where nothing that fits is given: {path: it}."""
     return {}
 
   def soft(self) -> str:
