@@ -284,6 +284,27 @@ def test_the_walk_is_counted_with_the_rows_that_it_asks_for(mode):
   np.testing.assert_allclose(output.trace.overhead['plan'], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize('mode', ['topk', 'hard'])
+def test_plans_of_a_few_examples_at_a_time_are_those_of_all(mode, monkeypatch):
+  spec = {'name': 'sttabt', 'mode': mode, 'keep': 0.3, 'theta': -1.0, 'factor': 4}
+  model, params = model_and_params(spec, readout='cls')
+  batch = jax.tree.map(jnp.asarray, ragged_batch((12, 5, 1, 9), 12))
+  # A request's setting goes with its example.
+  batch['controls'] = {'keep' if mode == 'topk' else 'shift': jnp.array([0.2, 0.5, 0.3, 0.1])}
+  monkeypatch.setattr(sttabt, 'on_one_cpu', lambda: True)
+  found, scans = [], []
+  for slots in (1000, 24, 1):
+    monkeypatch.setattr(sttabt, 'CACHED_SLOTS', slots)
+    program = jax.make_jaxpr(lambda p: model.apply({'params': p}, batch))(params)
+    scans.append({eqn.params['length'] for eqn in equations(program.jaxpr) if eqn.primitive.name == 'scan'})
+    found.append(apply(model, params, batch))
+  assert [{2, 4} & each for each in scans] == [set(), {2}, {4}]
+  for grouped in found[1:]:
+    np.testing.assert_allclose(grouped.logits, found[0].logits, atol=1e-5)
+    np.testing.assert_array_equal(grouped.trace.kept, found[0].trace.kept)
+    np.testing.assert_allclose(grouped.trace.overhead['plan'], found[0].trace.overhead['plan'], rtol=1e-6)
+
+
 def equations(jaxpr):
   """All of a program, inner ones included."""
   for eqn in jaxpr.eqns:

@@ -119,9 +119,13 @@ class Block(nn.Module):
     """The first half. Returns (tokens, evidence, overflow [b])."""
     rows = group_rows(self.config.group_slots, tokens, train)
     if rows < tokens.x.shape[0]:
-      x, evidence, overflow = in_groups(
-        lambda block, *given: block.mixed(*given, reads, train), self, tokens, bias, rows
-      )
+      own = bias is not None and bias.shape[0] > 1
+
+      def mixed(block, given):
+        tokens, each = given
+        return block.mixed(tokens, each if own else bias, reads, train)
+
+      x, evidence, overflow = in_groups(mixed, self, (tokens, bias if own else None), rows)
     else:
       x, evidence, overflow = self.mixed(tokens, bias, reads, train)
     projected = tokens.updated.sum(-1) + stream.live(tokens).sum(-1)
@@ -190,9 +194,7 @@ class Block(nn.Module):
     """The second half. Returns (tokens, overflow [b])."""
     rows = group_rows(self.config.group_slots, tokens, train)
     if rows < tokens.x.shape[0]:
-      x, overflow = in_groups(
-        lambda block, given, _: block.fed_forward(given, train), self, tokens, None, rows
-      )
+      x, overflow = in_groups(lambda block, given: block.fed_forward(given, train), self, tokens, rows)
     else:
       x, overflow = self.fed_forward(tokens, train)
     return tokens.replace(x=x), overflow

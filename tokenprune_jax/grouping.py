@@ -1,6 +1,7 @@
-"""Half a block on a few examples at a time, so that what it works on stays in the cache."""
+"""A few examples at a time, so that what is worked on stays in the cache."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,17 +36,12 @@ def largest_divisor(count: int, limit: int) -> int:
   return max((part for part in range(1, count + 1) if count % part == 0 and part <= limit), default=0)
 
 
-def in_groups(function: Callable, block: nn.Module, tokens: Tokens, bias, rows: int):
-  """function(block, tokens, bias) -> arrays with leading axis b, on `rows` examples at a time."""
-  b = tokens.x.shape[0]
-  shared = bias is None or bias.shape[0] == 1
+def in_groups(function: Callable, module: nn.Module, given: Any, rows: int):
+  """function(module, given) -> arrays with leading axis b, on `rows` examples at a time. given: arrays like that."""
 
-  def split(x):
-    return x.reshape(b // rows, rows, *x.shape[1:])
-
-  def body(block, carry, given):
-    return carry, function(block, given[0], bias if shared else given[1])
+  def body(module, carry, part):
+    return carry, function(module, part)
 
   walk = nn.scan(body, variable_broadcast='params', split_rngs={'params': False})
-  _, found = walk(block, (), (jax.tree.map(split, tokens), None if shared else split(bias)))
-  return jax.tree.map(lambda x: x.reshape(b, *x.shape[2:]), found)
+  _, found = walk(module, (), jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), given))
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)

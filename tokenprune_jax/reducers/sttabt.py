@@ -39,6 +39,7 @@ from tokenprune_jax.attention import Evidence, soft_weights
 from tokenprune_jax.encoder import Encoder
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.grouping import in_groups, largest_divisor, on_one_cpu
 from tokenprune_jax.layers import Dense
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tasks import weighted_mean
@@ -51,6 +52,9 @@ READOUT = 'cls'  # what the shared tests read out
 MODES = ('distil', 'topk', 'soft', 'hard')
 MODE_ORDER = ('distil', 'soft', 'hard')
 EPSILON = 1e-7
+CACHED_SLOTS = (
+  2048  # of an ApproxNet a quarter as wide as MiniLM-L6, its maps and the walk: what stays in the cache
+)
 FURTHEST = 20.0  # of a shift: all tokens, or none but [CLS]
 
 
@@ -180,6 +184,13 @@ def asked(keep: Float[Array, 'b'], real: Int[Array, 'b']) -> Int[Array, 'b']:
   return jnp.where(keep <= 1, jnp.ceil(keep * real * (1 - 1e-6)), jnp.minimum(keep, real)).astype(jnp.int32)
 
 
+def planned_rows(b: int, n: int, train: bool) -> int:
+  """Examples that plans are made for at a time, a divisor of b: at inference on one CPU device what stays in the cache."""
+  if train or not on_one_cpu():
+    return b
+  return largest_divisor(b, CACHED_SLOTS // n) or 1
+
+
 def gated(
   mask: Float[Array, 'b *h n'], planned: Float[Array, 'b n'], tokens: Tokens
 ) -> Float[Array, 'b *h n']:
@@ -301,47 +312,64 @@ class Method(Reducer):
 
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     config, depth = self.narrow(inputs.encoder), inputs.encoder.depth
-    seen, logits = self.approx(config, inputs, 'scores' if self.mode == 'distil' else 'terms')
     valid = inputs.mask.astype(jnp.float32)
     real = valid.sum(-1)
-    memory = {'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', real)}
     if self.mode == 'distil':
-      mine = self.widths(seen, inputs.encoder.width, depth)
-      weight = valid.max(-1, keepdims=True) * jnp.ones_like(valid) if self.padding else valid
-      loss = (
-        state_error(mine['embedding'], tokens.x, weight)
-        + state_error(mine['hidden_0'], tokens.x, weight) / depth
-      )
-      watched = {
-        f'approx_{l}': soft_weights(seen[f'scores_{l}'], valid[:, None, None]) for l in range(1, depth + 1)
-      }
-      return tokens, {
-        'loss': loss,
-        'logits': logits[:, None],
-        'weight': weight,
-        'valid': valid,
-        **mine,
-        **watched,
-      }
-    if self.mode == 'topk':
-      layers = [backtracking.shares(seen[f'terms_{l}'], inputs.mask) for l in range(1, depth + 1)]
-      count = asked(self.controlled(inputs, 'keep'), inputs.mask.sum(-1))
-      plan = backtracking.top_k(layers, inputs.mask, [count] * depth, self.mix)
-      walked = plan[:, 1:].sum(-1)
+      return tokens, self.compared(tokens.x, inputs, valid)
+    theta = None if self.mode == 'topk' else self.thresholds(depth, self.theta)
+    setting = self.controlled(inputs, 'keep')
+    if theta is not None:
+      setting = theta + self.controlled(inputs, 'shift')[:, None]
+    rows = planned_rows(len(real), inputs.ids.shape[1], train)
+    given = {'ids': inputs.ids, 'mask': inputs.mask, 'types': inputs.types, 'setting': setting}
+    if rows < len(real):
+      plan, walked = in_groups(lambda own, given: own.planned(inputs, train, **given), self, given, rows)
     else:
-      layers = [backtracking.standings(seen[f'terms_{l}'], inputs.mask) for l in range(1, depth + 1)]
-      theta = self.thresholds(depth, self.theta)
-      shifted = theta + self.controlled(inputs, 'shift')[:, None]
-      plan, _ = backtracking.concrete(layers, inputs.mask, shifted, self.mix)
-      walked = jnp.broadcast_to(real[:, None], (len(real), depth)).at[:, -1].set(1)
-      if train:
-        moved, share = regularisers(theta, self.theta, plan, valid)
-        memory['loss'] = self.theta_weight * moved + self.mask_weight * share
-      if not (train and self.mode == 'soft'):
-        plan = (plan >= 0.5).astype(plan.dtype)
-    memory |= {'plan': jnp.pad(plan, ((0, 0), (0, 0), (0, tokens.length - plan.shape[2])))}
-    memory |= {'macs_plan': walk_macs(config, self.mode == 'topk', walked, real)}
+      plan, walked = self.planned(inputs, train, **given)
+    memory = {
+      'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', real),
+      'macs_plan': walk_macs(config, self.mode == 'topk', walked, real),
+    }
+    if theta is not None and train:
+      moved, share = regularisers(theta, self.theta, plan, valid)
+      memory['loss'] = self.theta_weight * moved + self.mask_weight * share
+    if theta is not None and not (train and self.mode == 'soft'):
+      plan = (plan >= 0.5).astype(plan.dtype)
+    memory['plan'] = jnp.pad(plan, ((0, 0), (0, 0), (0, tokens.length - plan.shape[2])))
     return self.followed(tokens, memory['plan'], 0, depth), memory
+
+  def compared(self, states: Float[Array, 'b n d'], inputs: Inputs, valid: Float[Array, 'b n']) -> Memory:
+    """distil: what the big encoder's layers are compared with, and the loss of what it begins with."""
+    depth = inputs.encoder.depth
+    seen, logits = self.approx(self.narrow(inputs.encoder), inputs, 'scores')
+    mine = self.widths(seen, inputs.encoder.width, depth)
+    weight = valid.max(-1, keepdims=True) * jnp.ones_like(valid) if self.padding else valid
+    loss = (
+      state_error(mine['embedding'], states, weight) + state_error(mine['hidden_0'], states, weight) / depth
+    )
+    watched = {
+      f'approx_{l}': soft_weights(seen[f'scores_{l}'], valid[:, None, None]) for l in range(1, depth + 1)
+    }
+    return {'loss': loss, 'logits': logits[:, None], 'weight': weight, 'valid': valid, **mine, **watched}
+
+  def planned(
+    self, inputs: Inputs, train: bool, *, ids: Array, mask: Array, types: Array, setting: Float[Array, 'b *l']
+  ) -> tuple[Float[Array, 'b l n'], Float[Array, 'b L']]:
+    """(the plan, soft where thresholds are learned; rows of each layer's maps that its walk reads) of some examples.
+
+    setting: `keep` [b], or thresholds [b l].
+    """
+    config = self.narrow(inputs.encoder)
+    seen, _ = self.approx(config, inputs._replace(ids=ids, mask=mask, types=types, controls={}), 'terms')
+    terms, real = [seen[f'terms_{l}'] for l in range(1, config.depth + 1)], mask.sum(-1)
+    if self.mode == 'topk':
+      layers = [backtracking.shares(each, mask) for each in terms]
+      plan = backtracking.top_k(layers, mask, [asked(setting, real)] * config.depth, self.mix)
+      return plan, plan[:, 1:].sum(-1)
+    layers = [backtracking.standings(each, mask) for each in terms]
+    plan, _ = backtracking.concrete(layers, mask, setting, self.mix)
+    walked = jnp.broadcast_to(real[:, None].astype(jnp.float32), (len(real), config.depth))
+    return plan, walked.at[:, -1].set(1)
 
   def followed(self, tokens: Tokens, plan: Float[Array, 'b l n'], layer: int, depth: int) -> Tokens:
     """The stream behind a layer: what the next one takes in is seen, what the one after that takes in is updated."""
