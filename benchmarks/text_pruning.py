@@ -156,6 +156,7 @@ def divergences(dense: Trained, approx: Mapping[str, Mapping[str, Any]]) -> dict
   """KL(true attention || ApproxNet's), mean over rows, heads, layers and validation texts, of each; and at random."""
   import jax
 
+  from tokenprune_jax import approx_net
   from tokenprune_jax.attention import soft_weights
   from tokenprune_jax.encoder import Encoder
   from tokenprune_jax.reducer import Inputs
@@ -169,7 +170,7 @@ def divergences(dense: Trained, approx: Mapping[str, Mapping[str, Any]]) -> dict
 
   def maps(config, params, batch):
     inputs = Inputs(batch['ids'], batch['mask'], batch['types'], {}, 2, config)
-    memory = Encoder(config, sttabt.Watcher()).apply({'params': params}, inputs)[1]
+    memory = Encoder(config, approx_net.Watcher()).apply({'params': params}, inputs)[1]
     seen = batch['mask'][:, None, None].astype(np.float32)
     return [soft_weights(memory[f'scores_{l}'], seen) for l in range(1, config.depth + 1)]
 
@@ -179,7 +180,7 @@ def divergences(dense: Trained, approx: Mapping[str, Mapping[str, Any]]) -> dict
     pairs = zip(
       maps(config, dense.params['encoder'], batch), maps(narrow, student['approx']['encoder'], batch)
     )
-    return sum(sttabt.map_divergence(a, b, valid) for a, b in pairs) / config.depth
+    return sum(approx_net.map_divergence(a, b, valid) for a, b in pairs) / config.depth
 
   found = {}
   for name, student in (*approx.items(), ('random', fresh)):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.reference import labels_for, model_and_params, ragged_batch
-from tokenprune_jax import stages, tasks
-from tokenprune_jax.reducers import sttabt, tokee
+from tokenprune_jax import approx_net, stages, tasks
+from tokenprune_jax.reducers import tokee
 
 ROWS = ragged_batch((14, 9, 5), 14) | {'weight': np.ones(3, np.float32)}
 default = stages.default_objective(tasks.make('classify'))
@@ -18,8 +18,8 @@ default = stages.default_objective(tasks.make('classify'))
   [
     ({'name': 'ltp', 'mode': 'soft'}, default),
     ({'name': 'ltp', 'mode': 'soft', 'target_macs': 0.5, 'weight': 5.0}, default),
-    ({'name': 'sttabt', 'mode': 'distil'}, sttabt.distil),
-    ({'name': 'sttabt', 'mode': 'distil', 'padding': True}, sttabt.distil),
+    ({'name': 'sttabt', 'mode': 'distil'}, approx_net.distil),
+    ({'name': 'sttabt', 'mode': 'distil', 'padding': True}, approx_net.distil),
     ({'name': 'sttabt', 'mode': 'soft', 'theta': -0.5}, default),
     ({'name': 'power', 'mode': 'search', 'slots': 20}, default),
     ({'name': 'tokee', 'layers': (1, 2, 3), 'dropout': 0.0}, tokee.tags_joint),

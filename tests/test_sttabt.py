@@ -12,7 +12,7 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import conversion, families, models, schedule, segments, train
+from tokenprune_jax import approx_net, conversion, families, models, schedule, segments, train
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder
 from tokenprune_jax.encoder_config import EncoderConfig
@@ -147,7 +147,7 @@ def test_the_parts_of_the_distillation():
   g = np.load(GOLDEN / 'sttabt_distill.npz')
   valid = jnp.asarray(g['attention_mask'])
   teacher, student = jnp.asarray(g['teacher_attn']), jnp.asarray(g['student_attn'])
-  maps = np.mean([sttabt.map_divergence(a, b, valid) for a, b in zip(teacher, student)])
+  maps = np.mean([approx_net.map_divergence(a, b, valid) for a, b in zip(teacher, student)])
   every = jnp.ones_like(valid)  # the official code compares padding too
 
   def projected(x, name, layer=None):
@@ -155,10 +155,10 @@ def test_the_parts_of_the_distillation():
     return jnp.asarray(x @ w.T + b)
 
   states = np.mean([
-    sttabt.state_error(projected(g['student_hidden'][l], 'hid', l), jnp.asarray(g['teacher_hidden'][l]), every)
+    approx_net.state_error(projected(g['student_hidden'][l], 'hid', l), jnp.asarray(g['teacher_hidden'][l]), every)
     for l in range(len(teacher))
   ])  # fmt: skip
-  embedding = sttabt.state_error(projected(g['student_emb'], 'emb'), jnp.asarray(g['teacher_emb']), every)
+  embedding = approx_net.state_error(projected(g['student_emb'], 'emb'), jnp.asarray(g['teacher_emb']), every)
   np.testing.assert_allclose([maps, states, embedding], g['loss_kldiv'][1:4], rtol=1e-4)
 
 

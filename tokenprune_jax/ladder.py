@@ -8,10 +8,11 @@ import jax
 from tokenprune_jax.errors import UserError
 
 # Close enough to waste little, few enough to compile.
-LENGTHS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+LENGTHS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 COARSE = (16, 32, 64, 128, 192, 256, 384, 512)  # by words: they are short, and programs many
 BATCH_TOKENS = {'cpu': 512}  # slots of a full batch; on a CPU a larger one leaves the cache
 MANY_TOKENS = 16384  # on an accelerator
+LEAST = 8  # slots that a row counts as at least: very short ones would wait for too much company
 QUARTERS = 4  # capacities of keys and rows in a bucket, where a slot may be updated and not seen
 HALF = QUARTERS // 2
 OVERHEAD = 100  # slots that would take as long as starting a program does: measured on 2 cores, MiniLM-L6
@@ -50,7 +51,7 @@ class Ladder:
 
   def rows(self, slots: int) -> int:
     """Rows of a full batch."""
-    return max(1, self.batch_tokens // max(slots, self.lengths[0]))
+    return max(1, self.batch_tokens // max(slots, LEAST))
 
 
 def crowded(count: int, slots: int, batch_slots: int | float) -> bool:
