@@ -8,6 +8,7 @@ from tests.reference import apply, model_and_params, ragged_batch, requests
 from tokenprune_jax import costs, serve, stages
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
+from tokenprune_jax.reducer import Half
 
 LENGTHS = (14, 9, 5, 2, 1)
 BATCH = ragged_batch(LENGTHS, 14)
@@ -133,3 +134,10 @@ def test_exits_behind_layers_that_do_not_run_are_refused():
 def test_what_a_batch_shares_is_refused_beside_slots_that_are_seen_alone():
   with pytest.raises(UserError, match=r'reducers\[1\].capacity_batch .* set it to 0'):
     make_reducer(chain(PLANNED, {**AT_ONCE, 'capacity_batch': 8})).check(4, 4)
+
+
+def test_served_examples_are_regrouped_once_a_layer():
+  """What attention prunes waits where the same layer's exit cuts; elsewhere it does not."""
+  spec = {'name': 'chain', 'reducers': ({'name': 'ltp'}, {'name': 'early_exit', 'layers': (1, 3)})}
+  wanted = (Half(1, False), Half(2, True), Half(3, False), Half(4, True))
+  assert make_reducer(spec).decides(4) == wanted

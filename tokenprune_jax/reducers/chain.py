@@ -69,7 +69,11 @@ class Method(Reducer):
     asked = {half for reducer in self.reducers for half in reducer.decides(depth)}
     later = {half: [l for l in (0, *self.blocks(depth)) if l >= half.layer] for half in asked}
     # What a layer decides that another method leaves out waits for the next one that runs.
-    return tuple(sorted({half._replace(layer=rest[0]) for half, rest in later.items() if rest}))
+    cuts = {half._replace(layer=rest[0]) for half, rest in later.items() if rest}
+    # Twice in one layer costs more than its feed-forward gains by what attention prunes: that waits for the second.
+    return tuple(
+      sorted(half for half in cuts if not (half.attention and half._replace(attention=False) in cuts))
+    )
 
   def shortens(self) -> bool:
     return any(reducer.shortens() for reducer in self.reducers)
