@@ -12,7 +12,7 @@ import pytest
 from tests.reference import apply, model_and_params, ragged_batch
 from tests.tiny_run import config as tiny_config
 from tests.tiny_run import lines
-from tokenprune_jax import approx_net, conversion, families, models, schedule, segments, train
+from tokenprune_jax import approx_net, conversion, families, grouping, models, schedule, segments, train
 from tokenprune_jax import tokens as stream
 from tokenprune_jax.encoder import Encoder
 from tokenprune_jax.encoder_config import EncoderConfig
@@ -291,14 +291,15 @@ def test_plans_of_a_few_examples_at_a_time_are_those_of_all(mode, monkeypatch):
   batch = jax.tree.map(jnp.asarray, ragged_batch((12, 5, 1, 9), 12))
   # A request's setting goes with its example.
   batch['controls'] = {'keep' if mode == 'topk' else 'shift': jnp.array([0.2, 0.5, 0.3, 0.1])}
-  monkeypatch.setattr(sttabt, 'on_one_cpu', lambda: True)
-  found, scans = [], []
-  for slots in (1000, 24, 1):
-    monkeypatch.setattr(sttabt, 'CACHED_SLOTS', slots)
-    program = jax.make_jaxpr(lambda p: model.apply({'params': p}, batch))(params)
-    scans.append({eqn.params['length'] for eqn in equations(program.jaxpr) if eqn.primitive.name == 'scan'})
-    found.append(apply(model, params, batch))
-  assert [{2, 4} & each for each in scans] == [set(), {2}, {4}]
+  found = []
+  for slots, groups in ((0, set()), (24, {2}), (1, {4}), (-1, {4})):  # -1: what stays in the cache
+    monkeypatch.setattr(sttabt, 'CACHED_SLOTS', 12)
+    monkeypatch.setattr(grouping, 'on_one_cpu', lambda: True)
+    each = model.clone(config=dataclasses.replace(model.config, group_slots=slots))
+    program = jax.make_jaxpr(lambda p, m=each: m.apply({'params': p}, batch))(params)
+    scans = {eqn.params['length'] for eqn in equations(program.jaxpr) if eqn.primitive.name == 'scan'}
+    assert scans & {2, 4} == groups
+    found.append(apply(each, params, batch))
   for grouped in found[1:]:
     np.testing.assert_allclose(grouped.logits, found[0].logits, atol=1e-5)
     np.testing.assert_array_equal(grouped.trace.kept, found[0].trace.kept)

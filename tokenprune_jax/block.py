@@ -113,11 +113,17 @@ class Block(nn.Module):
     self.attention_norm, self.output_norm = Norm(c.norm_eps), Norm(c.norm_eps)
     self.drop = Dropout(c.dropout)
 
+  def at_a_time(self, tokens: Tokens, train: bool) -> int:
+    """Examples that a half works on at a time: all, where a gradient has to keep everything or rows of all are gathered."""
+    b, n = tokens.x.shape[:2]
+    together = train or tokens.capacity.batch_rows is not None
+    return b if together else group_rows(self.config.group_slots, b, n)
+
   def attend(
     self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool
   ) -> tuple[Tokens, Evidence, Array]:
     """The first half. Returns (tokens, evidence, overflow [b])."""
-    rows = group_rows(self.config.group_slots, tokens, train)
+    rows = self.at_a_time(tokens, train)
     if rows < tokens.x.shape[0]:
       own = bias is not None and bias.shape[0] > 1
 
@@ -192,7 +198,7 @@ class Block(nn.Module):
 
   def feed_forward(self, tokens: Tokens, train: bool) -> tuple[Tokens, Array]:
     """The second half. Returns (tokens, overflow [b])."""
-    rows = group_rows(self.config.group_slots, tokens, train)
+    rows = self.at_a_time(tokens, train)
     if rows < tokens.x.shape[0]:
       x, overflow = in_groups(lambda block, given: block.fed_forward(given, train), self, tokens, rows)
     else:

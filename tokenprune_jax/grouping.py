@@ -6,24 +6,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from tokenprune_jax.tokens import Tokens
-
 CACHED_SLOTS = 1024  # on a CPU: a group's states, attention maps and hidden layer then stay in the cache
 
 
-def group_rows(group_slots: int, tokens: Tokens, train: bool) -> int:
-  """Examples that half a block works on at a time: a divisor of b.
+def group_rows(group_slots: int, b: int, n: int, cached: int = CACHED_SLOTS) -> int:
+  """Of b examples of n slots, how many are worked on at a time at inference: a divisor of b.
 
-  By default as many as stay in the cache for inference on one CPU device, and all elsewhere: a gradient has to keep
-  everything anyway, and a batch that is spread over devices must not be walked through in order.
+  group_slots: how many slots; 0: all; -1: by default `cached` on one CPU device, and all elsewhere: a batch that is spread
+  over devices must not be walked through in order.
   """
-  b, n = tokens.x.shape[:2]
   limit = group_slots
   if limit < 0:
-    limit = CACHED_SLOTS if on_one_cpu() else 0
-  if train or not limit or tokens.capacity.batch_rows is not None:
-    return b
-  return largest_divisor(b, limit // n) or 1
+    limit = cached if on_one_cpu() else 0
+  return largest_divisor(b, limit // n) or 1 if limit else b
 
 
 def on_one_cpu() -> bool:

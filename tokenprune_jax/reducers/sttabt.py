@@ -39,7 +39,7 @@ from tokenprune_jax.approx_net import ApproxNet, Widths, distil, map_divergence,
 from tokenprune_jax.attention import Evidence, soft_weights
 from tokenprune_jax.encoder_config import EncoderConfig
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.grouping import in_groups, largest_divisor, on_one_cpu
+from tokenprune_jax.grouping import group_rows, in_groups
 from tokenprune_jax.reducer import Half, Inputs, Memory, Reducer
 from tokenprune_jax.tasks import weighted_mean
 from tokenprune_jax.tokens import Capacity, Tokens
@@ -103,13 +103,6 @@ def at_budget(fields: Mapping[str, Any], target: float, validation: Any) -> dict
 def asked(keep: Float[Array, 'b'], real: Int[Array, 'b']) -> Int[Array, 'b']:
   """How many tokens each layer is asked for: a share is rounded up as by `schedule.places`, here in float32."""
   return jnp.where(keep <= 1, jnp.ceil(keep * real * (1 - 1e-6)), jnp.minimum(keep, real)).astype(jnp.int32)
-
-
-def planned_rows(b: int, n: int, train: bool) -> int:
-  """Examples that plans are made for at a time, a divisor of b: at inference on one CPU device what stays in the cache."""
-  if train or not on_one_cpu():
-    return b
-  return largest_divisor(b, CACHED_SLOTS // n) or 1
 
 
 def gated(
@@ -241,9 +234,10 @@ class Method(Reducer):
     setting = self.controlled(inputs, 'keep')
     if theta is not None:
       setting = theta + self.controlled(inputs, 'shift')[:, None]
-    rows = planned_rows(len(real), inputs.ids.shape[1], train)
+    b, n = inputs.ids.shape
+    rows = b if train else group_rows(inputs.encoder.group_slots, b, n, CACHED_SLOTS)
     given = {'ids': inputs.ids, 'mask': inputs.mask, 'types': inputs.types, 'setting': setting}
-    if rows < len(real):
+    if rows < b:
       plan, walked = in_groups(lambda own, given: own.planned(inputs, train, **given), self, given, rows)
     else:
       plan, walked = self.planned(inputs, train, **given)
