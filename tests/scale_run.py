@@ -1,6 +1,6 @@
 """One forward pass and one training step of each method on 8 simulated devices: a program for tests/test_scale.py.
 
-  python -m tests.scale_run METHOD,METHOD,…
+  python -m tests.scale_run METHOD,METHOD,…      'plans': `PLANS`
 
 Prints a JSON object: method -> {forward, step: {difference, work (of a device, as a share of all), collectives}}. The forward
 pass gives logits; the step loss, gradient norm and every tensor's squared gradient.
@@ -14,6 +14,12 @@ import jax
 import numpy as np
 
 DEVICES = 8
+PLANS = {
+  'name': 'sttabt',
+  'mode': 'topk',
+  'keep': 0.3,
+  'factor': 4,
+}  # whose walk goes as far as it has to on one device
 STEPS = ('chain', 'topk')  # whose training step runs too: most of the time is compiling
 COLLECTIVE = re.compile(
   r'= .*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
@@ -33,7 +39,9 @@ def main():
   batch |= {'label': np.arange(16, dtype=np.int32) % 3, 'weight': np.ones(16, np.float32)}
   found = {}
   for name in sys.argv[1].split(','):
-    model, params = model_and_params(settings(name, 'TINY'), TINY_CONFIG, executor='compact')
+    model, params = model_and_params(
+      PLANS if name == 'plans' else settings(name, 'TINY'), TINY_CONFIG, executor='compact'
+    )
     optimizer = optim.adamw(params, optim.schedule(1e-3, 10, 0.1), groups=(), weight_decay=0.01, clip=1.0)
     step = train.make_step(stages.default_objective(tasks.make('classify')), model, optimizer, None, 1, None)
 

@@ -138,6 +138,14 @@ def test_what_a_batch_shares_is_refused_beside_slots_that_are_seen_alone():
 
 def test_served_examples_are_regrouped_once_a_layer():
   """What attention prunes waits where the same layer's exit cuts; elsewhere it does not."""
-  spec = {'name': 'chain', 'reducers': ({'name': 'ltp'}, {'name': 'early_exit', 'layers': (1, 3)})}
-  wanted = (Half(1, False), Half(2, True), Half(3, False), Half(4, True))
-  assert make_reducer(spec).decides(4) == wanted
+
+  def cuts(*reducers):
+    return make_reducer({'name': 'chain', 'reducers': reducers}).decides(4)
+
+  ltp, exits = {'name': 'ltp'}, {'name': 'early_exit', 'layers': (1, 3)}
+  assert cuts(ltp, exits) == (Half(1, False), Half(2, True), Half(3, False), Half(4, True))
+  # Of three layers the last one's feed-forward has no cut behind it.
+  assert Half(3, True) in cuts(ltp, exits, {'name': 'student', 'layers': (1, 2, 3)})
+  # A feed-forward that gathers rows needs their count.
+  plan = {'name': 'sttabt', 'mode': 'topk'}
+  assert {Half(2, True), Half(2, False)} <= set(cuts(ltp, plan))

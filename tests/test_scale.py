@@ -16,7 +16,7 @@ from tokenprune_jax.models import method_names
 
 METHODS = method_names()
 # Every kind of decision; fuzzy and combining are in the chain.
-SPREAD = ('chain', 'early_exit', 'ltp', 'sttabt', 'tokee', 'topk')
+SPREAD = ('chain', 'early_exit', 'ltp', 'plans', 'sttabt', 'tokee', 'topk')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -319,3 +319,4 @@ def test_a_quarter_holds_the_count():
 def test_a_ladder_ends_with_the_model():
   assert serve.Ladder((16, 64, 512)).settled(40).lengths == (16, 40)
   assert serve.Ladder((16, 32)).settled(40).lengths == (16, 32)  # and longer requests are refused
+  assert [serve.Ladder(batch_tokens=512).rows(n) for n in (4, 8, 16, 512)] == [64, 64, 32, 1]

@@ -104,18 +104,12 @@ def test_what_does_not_divide_is_an_error_by_the_name_of_its_key():
   sharding.check_batch('eval.batch_size', 7)
 
 
-@pytest.fixture(scope='module')
-def spread():
-  """What four devices find, by method."""
+def test_devices_gather_among_their_own_examples():
   command = [sys.executable, '-m', 'tests.spread_batch']
   told = subprocess.run(command, capture_output=True, text=True, timeout=300)
   assert told.returncode == 0, told.stderr
-  return json.loads(told.stdout.splitlines()[-1])
-
-
-def test_devices_gather_among_their_own_examples(spread):
-  found = spread['exits']
-  (model, params), batch = spread_batch.model('exits'), spread_batch.batch_of_eight()
+  found = json.loads(told.stdout.splitlines()[-1])
+  (model, params), batch = spread_batch.model(), spread_batch.batch_of_eight()
   alone = evaluate.compiled(model, None)
   for device in range(4):
     own = slice(2 * device, 2 * device + 2)
@@ -124,11 +118,3 @@ def test_devices_gather_among_their_own_examples(spread):
     assert (
       found['overflow'][own] == np.asarray(want['overflow']).tolist() and sum(found['overflow'][own]) == 1
     )
-
-
-def test_plans_are_the_same_on_several_devices(spread):
-  """Nothing of a walk is shared by the devices, which need not agree on how far it goes."""
-  model, params = spread_batch.model('plans')
-  want = evaluate.compiled(model, None)(params, spread_batch.batch_of_eight())
-  np.testing.assert_allclose(spread['plans']['logits'], want['logits'], atol=1e-5)
-  np.testing.assert_allclose(spread['plans']['macs'], want['macs'], rtol=1e-6)

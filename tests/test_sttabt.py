@@ -292,18 +292,38 @@ def test_plans_of_a_few_examples_at_a_time_are_those_of_all(mode, monkeypatch):
   # A request's setting goes with its example.
   batch['controls'] = {'keep' if mode == 'topk' else 'shift': jnp.array([0.2, 0.5, 0.3, 0.1])}
   found = []
-  for slots, groups in ((0, set()), (24, {2}), (1, {4}), (-1, {4})):  # -1: what stays in the cache
-    monkeypatch.setattr(sttabt, 'CACHED_SLOTS', 12)
-    monkeypatch.setattr(grouping, 'on_one_cpu', lambda: True)
-    each = model.clone(config=dataclasses.replace(model.config, group_slots=slots))
-    program = jax.make_jaxpr(lambda p, m=each: m.apply({'params': p}, batch))(params)
+  for rows in (4, 2, 1):
+
+    def group_rows(*given, rows=rows):
+      assert given == (model.config.group_slots, 4, 12, sttabt.CACHED_SLOTS)
+      return rows
+
+    monkeypatch.setattr(sttabt, 'group_rows', group_rows)  # the blocks, whose group_slots is 0, take all
+    program = jax.make_jaxpr(lambda p: model.apply({'params': p}, batch))(params)
     scans = {eqn.params['length'] for eqn in equations(program.jaxpr) if eqn.primitive.name == 'scan'}
-    assert scans & {2, 4} == groups
-    found.append(apply(each, params, batch))
+    assert scans & {2, 4} == {1: {4}, 2: {2}, 4: set()}[rows]
+    found.append(jax.jit(lambda p: model.apply({'params': p}, batch))(params))
   for grouped in found[1:]:
     np.testing.assert_allclose(grouped.logits, found[0].logits, atol=1e-5)
     np.testing.assert_array_equal(grouped.trace.kept, found[0].trace.kept)
     np.testing.assert_allclose(grouped.trace.overhead['plan'], found[0].trace.overhead['plan'], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('group_slots', 'alone', 'b', 'rows'),
+  [
+    (-1, True, 16, 8),
+    (-1, True, 12, 6),
+    (-1, False, 12, 12),
+    (0, True, 12, 12),
+    (1000, False, 12, 3),
+    (100, True, 12, 1),
+  ],
+)
+def test_examples_at_a_time_divide_the_batch(monkeypatch, group_slots, alone, b, rows):
+  """By default what stays in the cache of one CPU device; elsewhere all."""
+  monkeypatch.setattr(grouping, 'on_one_cpu', lambda: alone)
+  assert grouping.group_rows(group_slots, b, 256, cached=2100) == rows
 
 
 def equations(jaxpr):

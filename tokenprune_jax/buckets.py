@@ -8,9 +8,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tokenprune_jax.ladder import HALF, QUARTERS, SHORT, Ladder, crowded, quarter
+from tokenprune_jax.ladder import COARSE, HALF, LENGTHS, QUARTERS, SHORT, Ladder, crowded, quarter
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.segments import Bucket, Programs, Report
+
+
+def lengths_of(model: Classifier) -> tuple[int, ...]:
+  """The lengths of a model's ladder by default: fewer where shapes are many, since words are told apart or kept by place."""
+  kept = model.readout == 'tokens' and model.reducer.shortens() and model.reducer.decides(model.config.depth)
+  return COARSE if kept or model.reducer.needs_words() else LENGTHS
 
 
 class Place(NamedTuple):
@@ -35,7 +41,9 @@ class Buckets:
 
   def rows(self, slots: int) -> int:
     """Rows of a full batch: twice as many where about half of the slots are computed."""
-    return self.ladder.rows(slots) * (2 if self.together(slots) else 1)
+    # Where no input slot is left, of the added ones.
+    held = slots or self.programs.result(len(self.programs.segments) - 2).tokens.added
+    return self.ladder.rows(held) * (2 if self.together(slots) else 1)
 
   def entry(self, slots: int) -> Bucket:
     """The full bucket of requests that need so many slots."""

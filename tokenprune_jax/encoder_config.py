@@ -26,7 +26,7 @@ class EncoderConfig:
   kernel: str = 'plain'  # of attention; 'xla', 'cudnn': see `attention.fused`
   # Query, key and value in one product: faster where a matrix unit is hard to fill, slower on a CPU.
   joint: bool = False
-  # Slots that half a block works on at a time at inference; 0: on all; -1: see `grouping.group_rows`.
+  # Slots that half a block, or STTABT's plans, are made of at a time at inference; 0: of all; -1: see `grouping.group_rows`.
   group_slots: int = -1
 
   @property

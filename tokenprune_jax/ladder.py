@@ -9,7 +9,7 @@ from tokenprune_jax.errors import UserError
 
 # Close enough to waste little, few enough to compile.
 LENGTHS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-COARSE = (16, 32, 64, 128, 192, 256, 384, 512)  # by words: they are short, and programs many
+COARSE = (16, 32, 64, 128, 192, 256, 384, 512)  # where programs are many: `buckets.lengths_of`
 BATCH_TOKENS = {'cpu': 512}  # slots of a full batch; on a CPU a larger one leaves the cache
 MANY_TOKENS = 16384  # on an accelerator
 LEAST = 8  # slots that a row counts as at least: very short ones would wait for too much company
@@ -24,7 +24,7 @@ class Ladder:
   """The shapes that examples are grouped into.
 
   lengths: of the input slots, increasing; the last one holds the longest request. batch_tokens: slots of a full batch
-  (0: by the backend). A batch has either one row or as many as fit.
+  (0: by the backend), where a row counts as 8 at least. A batch has either one row or as many as fit.
   """
 
   lengths: tuple[int, ...] = LENGTHS

@@ -108,7 +108,7 @@ class Reducer(nn.Module):
   def decides(self, depth: int) -> tuple[Half, ...]:
     """Where examples of one length may differ in what is left of them: there `serve` counts and regroups.
 
-    Half(0, False) stands for `start`.
+    Half(0, False) stands for `start`. A chain cuts each layer once where it can.
     """
     return ()
 

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 from tokenprune_jax import flops, specs
-from tokenprune_jax.buckets import Buckets, Place
+from tokenprune_jax.buckets import Buckets, Place, lengths_of
 from tokenprune_jax.errors import UserError
-from tokenprune_jax.ladder import COARSE, LENGTHS, Ladder
+from tokenprune_jax.ladder import Ladder
 from tokenprune_jax.models import Classifier
 from tokenprune_jax.request import Answer, Reader, Request
 from tokenprune_jax.segments import Bucket, Programs, Report, State
@@ -85,7 +85,7 @@ class Server:
 
     self.labels = tuple(labels)
     self.model, self.queue, self.words = model, queue, model.reducer.needs_words()
-    self.ladder = (ladder or Ladder(COARSE if self.words else LENGTHS)).settled(config.max_length)
+    self.ladder = (ladder or Ladder(lengths_of(model))).settled(config.max_length)
     self.reader = Reader(self.ladder.lengths[-1], config.vocab_size, controls, encode, self.words, refuse)
     self.programs = Programs(model, params, self.ladder.lengths[-1], tuple(controls))
     self.buckets = Buckets(model, self.programs, self.ladder)

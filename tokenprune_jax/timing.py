@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenprune_jax import ladder, serve
+from tokenprune_jax import buckets, ladder, serve
 from tokenprune_jax.models import Classifier
 
 Batch = Mapping[str, Any]
@@ -95,7 +95,7 @@ class Served:
     controls: Mapping[str, float] | None = None,
   ):
     longest = max(len(tokens_of(row)) for row in rows)
-    lengths = (*(n for n in ladder.LENGTHS if n < longest), longest)
+    lengths = (*(n for n in buckets.lengths_of(model) if n < longest), longest)
     self.rows = rows
     self.server = serve.Server(model, params, ladder=ladder.Ladder(lengths), controls=controls)
     start = time.perf_counter()

@@ -70,10 +70,14 @@ class Method(Reducer):
     later = {half: [l for l in (0, *self.blocks(depth)) if l >= half.layer] for half in asked}
     # What a layer decides that another method leaves out waits for the next one that runs.
     cuts = {half._replace(layer=rest[0]) for half, rest in later.items() if rest}
-    # Twice in one layer costs more than its feed-forward gains by what attention prunes: that waits for the second.
-    return tuple(
-      sorted(half for half in cuts if not (half.attention and half._replace(attention=False) in cuts))
-    )
+    last = max(self.blocks(depth), default=0)
+    gathers = 'rows' in self.separates()  # in the feed-forward, by what is counted behind attention
+
+    def waits(half):
+      # Two cuts in a layer cost more than its feed-forward gains by what attention prunes. The last one has no second.
+      return half.attention and half.layer < last and half._replace(attention=False) in cuts and not gathers
+
+    return tuple(sorted(half for half in cuts if not waits(half)))
 
   def shortens(self) -> bool:
     return any(reducer.shortens() for reducer in self.reducers)

@@ -231,16 +231,17 @@ class Method(Reducer):
     if self.mode == 'distil':
       return tokens, self.compared(tokens.x, inputs, valid)
     theta = None if self.mode == 'topk' else self.thresholds(depth, self.theta)
-    setting = self.controlled(inputs, 'keep')
-    if theta is not None:
+    if theta is None:
+      setting = self.controlled(inputs, 'keep')
+    else:
       setting = theta + self.controlled(inputs, 'shift')[:, None]
     b, n = inputs.ids.shape
     rows = b if train else group_rows(inputs.encoder.group_slots, b, n, CACHED_SLOTS)
     given = {'ids': inputs.ids, 'mask': inputs.mask, 'types': inputs.types, 'setting': setting}
     if rows < b:
-      plan, walked = in_groups(lambda own, given: own.planned(inputs, train, **given), self, given, rows)
+      plan, walked = in_groups(lambda own, given: own.planned(inputs, **given), self, given, rows)
     else:
-      plan, walked = self.planned(inputs, train, **given)
+      plan, walked = self.planned(inputs, **given)
     memory = {
       'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', real),
       'macs_plan': walk_macs(config, self.mode == 'topk', walked, real),
@@ -268,7 +269,7 @@ class Method(Reducer):
     return {'loss': loss, 'logits': logits[:, None], 'weight': weight, 'valid': valid, **mine, **watched}
 
   def planned(
-    self, inputs: Inputs, train: bool, *, ids: Array, mask: Array, types: Array, setting: Float[Array, 'b *l']
+    self, inputs: Inputs, *, ids: Array, mask: Array, types: Array, setting: Float[Array, 'b *l']
   ) -> tuple[Float[Array, 'b l n'], Float[Array, 'b L']]:
     """(the plan, soft where thresholds are learned; rows of each layer's maps that its walk reads) of some examples.
 
