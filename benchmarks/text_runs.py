@@ -163,7 +163,7 @@ PLANS = {
   'text_pruning': Plan(
     'Learned token pruning of text',
     {'sst2': ALL, 'ag_news': ALL},
-    ('topk', 'ltp', 'power', 'topk_states', 'sttabt', 'sttabt_states'),
+    ('topk', 'ltp', 'power', 'topk_states', 'ltp_states', 'sttabt', 'sttabt_states'),
     (
       'dense_more',
       'topk_distil',
@@ -176,7 +176,6 @@ PLANS = {
       'spatten',
       'student',
       'student_third',
-      'ltp_states',
     ),
     (0.4, 0.55, 0.48, 0.3, 0.7, 0.2),
     more=dict.fromkeys(GUIDED, (0.35,)),  # about 35% of the keys: what their authors claim it for
