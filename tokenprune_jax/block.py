@@ -123,17 +123,14 @@ class Block(nn.Module):
     self, tokens: Tokens, bias, reads: tuple[str, ...], train: bool
   ) -> tuple[Tokens, Evidence, Array]:
     """The first half. Returns (tokens, evidence, overflow [b])."""
-    rows = self.at_a_time(tokens, train)
-    if rows < tokens.x.shape[0]:
-      own = bias is not None and bias.shape[0] > 1
+    own = bias is not None and bias.shape[0] > 1
 
-      def mixed(block, given):
-        tokens, each = given
-        return block.mixed(tokens, each if own else bias, reads, train)
+    def mixed(block, given):
+      tokens, each = given
+      return block.mixed(tokens, each if own else bias, reads, train)
 
-      x, evidence, overflow = in_groups(mixed, self, (tokens, bias if own else None), rows)
-    else:
-      x, evidence, overflow = self.mixed(tokens, bias, reads, train)
+    given = tokens, bias if own else None
+    x, evidence, overflow = in_groups(mixed, self, given, self.at_a_time(tokens, train))
     projected = tokens.updated.sum(-1) + stream.live(tokens).sum(-1)
     return tokens.replace(x=x), evidence._replace(projected=projected), overflow
 
@@ -199,10 +196,7 @@ class Block(nn.Module):
   def feed_forward(self, tokens: Tokens, train: bool) -> tuple[Tokens, Array]:
     """The second half. Returns (tokens, overflow [b])."""
     rows = self.at_a_time(tokens, train)
-    if rows < tokens.x.shape[0]:
-      x, overflow = in_groups(lambda block, given: block.fed_forward(given, train), self, tokens, rows)
-    else:
-      x, overflow = self.fed_forward(tokens, train)
+    x, overflow = in_groups(lambda block, given: block.fed_forward(given, train), self, tokens, rows)
     return tokens.replace(x=x), overflow
 
   def fed_forward(self, tokens: Tokens, train: bool) -> tuple[Array, Array]:

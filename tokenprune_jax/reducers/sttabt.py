@@ -238,10 +238,7 @@ class Method(Reducer):
     b, n = inputs.ids.shape
     rows = b if train else group_rows(inputs.encoder.group_slots, b, n, CACHED_SLOTS)
     given = {'ids': inputs.ids, 'mask': inputs.mask, 'types': inputs.types, 'setting': setting}
-    if rows < b:
-      plan, walked = in_groups(lambda own, given: own.planned(inputs, **given), self, given, rows)
-    else:
-      plan, walked = self.planned(inputs, **given)
+    plan, walked = in_groups(lambda own, given: own.planned(inputs, **given), self, given, rows)
     memory = {
       'macs_approx': flops.dense_macs(config, inputs.labels, 'linear', real),
       'macs_plan': walk_macs(config, self.mode == 'topk', walked, real),
