@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import pictures
 from benchmarks.studies import METHODS, Paper, Study
-from tokenprune_jax import metrics
+from tokenprune_jax import metrics, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'transformers', 'numpy')
@@ -100,6 +100,13 @@ def versions() -> dict[str, str]:
 def read(path: pathlib.Path) -> dict[str, Any]:
   """A result file; an empty one where there is none."""
   return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {'rows': []}
+
+
+def write(path: pathlib.Path, document: Mapping[str, Any]) -> None:
+  """Writes a study's file at once, each of its `rows` in one line: so it stays small, and a new row is one line more."""
+  rows = ',\n'.join('    ' + json.dumps(row) for row in document['rows'])
+  around = json.dumps({**document, 'rows': []}, indent=2)
+  workdir.write_text(path, around.replace('"rows": []', f'"rows": [\n{rows}\n  ]', 1) + '\n')
 
 
 def resumed(

@@ -119,7 +119,7 @@ class Study:
   def save(self) -> None:
     """The file, its table and its plots."""
     document = self.document
-    workdir.write_json(self.path, document)
+    report.write(self.path, document)
     workdir.write_text(self.path.with_suffix('.md'), page(document))
     plot(self.path.with_suffix('.png'), document['rows'], 'mac_ratio', 'Multiply-adds, share of dense')
     if any(point['time'] for point in document['rows']):

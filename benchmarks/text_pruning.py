@@ -222,11 +222,11 @@ class Study:
     """Writes a measured point down."""
     self.document['rows'][place] = self.kept(point)
     tell(point)
-    workdir.write_json(self.path, self.document)
+    report.write(self.path, self.document)
 
   def save(self) -> None:
     """The file, its table and its plots."""
-    workdir.write_json(self.path, self.document)
+    report.write(self.path, self.document)
     name = self.options.study
     workdir.write_text(self.path.with_suffix('.md'), text_page.page(self.document, self.plan, name))
     for dataset in self.plan.seeds:

@@ -183,11 +183,11 @@ PLANS = {
   ),
   'exits': Plan(
     'Exits, pruning, and both',
-    {'ag_news': ALL, 'bbc': (0,), 'rotten_tomatoes': (0,), 'ag_mpnet': (0,)},
+    {'ag_news': ALL, 'bbc': (0,), 'rotten_tomatoes': (0,), 'ag_mpnet': (0,), 'sst2': ALL},
     ('ltp', 'exits', 'fastbert', 'pyramid_fastbert', 'student', 'pyramid_states', 'pyramid'),
     (),
     (0.4, 0.25, 0.6, 0.15, 0.8, 0.5, 0.3),
-    few={'ag_mpnet': ('fastbert', 'pyramid_states')},
+    few={'ag_mpnet': ('fastbert', 'pyramid_states'), 'sst2': ('fastbert',)},
     lengths=True,
   ),
 }

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import report, serving, shared, speed, text_pruning, turns
 from benchmarks.text_runs import METHODS, PLANS, dense_row
 from benchmarks.trained import Trained
-from tokenprune_jax import serve, timing, workdir
+from tokenprune_jax import serve, timing
 
 SIZE = 32  # rows of a batch
 SHARING = 8  # texts, or more, that share capacities
@@ -94,7 +94,7 @@ def timed(study: text_pruning.Study, options: argparse.Namespace, dataset: str) 
     if 'compact' in options.executors and METHODS[point['name']].executor == 'serve':
       name = f'{dataset} {label(point)}'
       shared.measure(name, point, trained, batches, SHARING, best, options.repeats, options.allow_load)
-      workdir.write_json(study.path, study.document)
+      report.write(study.path, study.document)
   best.give_up()
 
 
@@ -115,7 +115,7 @@ def write(
     **turns.compared(turn, turn.times[dense]['seconds'], mac_ratio), 'documents': documents, 'dense': dense,
     **report.made_by(),
   }  # fmt: skip
-  workdir.write_json(study.path, study.document)
+  report.write(study.path, study.document)
   print(told(dataset, turn.name, point['time']), flush=True)
 
 
