@@ -56,6 +56,13 @@ def legend(axes: Any) -> None:
     axes.legend(frameon=False, fontsize=10, loc='center left', bbox_to_anchor=(1.01, 0.5))
 
 
+def rings(axes: Any, spots: Sequence[tuple[float, float]], label: str) -> None:
+  """Rings around some points of other lines."""
+  if spots:
+    ring = {'markersize': 11, 'markerfacecolor': 'none', 'markeredgewidth': 1, 'color': '#12171f'}
+    axes.plot(*zip(*spots), 'o', label=label, **ring)
+
+
 def level(axes: Any, accuracy: float) -> None:
   """Dense: a dashed line, and a band of half a point below it; accuracy in percent."""
   axes.axhline(accuracy, color='#333840', linewidth=1, linestyle=(0, (4, 3)))

@@ -1,8 +1,8 @@
 """Tables and plots of the studies of methods on texts, from their result files alone."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,24 @@ NOT_RUN = 'Not run yet.\n'
 SHOWN = 15  # points below dense that a plot goes down to
 APART = 0.01  # MACs of what was timed, from those of all, that are told
 
+DENSE = 'dense'  # as a table calls it
+
+Points = Sequence[Mapping[str, Any]]
+Cost = Callable[[Points], float | None]
+
+
+class Setting(NamedTuple):
+  """A method as trained, or set to a budget, and its measured points of all seeds."""
+
+  title: str
+  budget: float | None
+  points: list[dict[str, Any]]
+
+  @property
+  def asked(self) -> str:
+    """What it was set to."""
+    return 'as trained' if self.budget is None else f'{self.budget}'
+
 
 def of(
   document: Mapping[str, Any], dataset: str, name: str, variant: str, budget: float | None
@@ -42,6 +60,14 @@ def dense_points(document: Mapping[str, Any], dataset: str) -> list[dict[str, An
   return of(document, dataset, dense_row(dataset, 0).name, 'trained', None)
 
 
+def settings(document: Mapping[str, Any], plan: Plan, dataset: str, name: str) -> Iterator[Setting]:
+  """Those of a method that were measured: as trained, then the dearest first."""
+  for budget in (None, *sorted(plan.budgets_of(name), reverse=True)):
+    points = of(document, dataset, name, 'trained' if budget is None else 'set', budget)
+    if points:
+      yield Setting(METHODS[name].title, budget, points)
+
+
 def best_on_validation(document: Mapping[str, Any], plan: Plan, dataset: str) -> str | None:
   """The method with the highest validation accuracy as trained, mean over seeds, of those that all seeds ran."""
   found = {
@@ -52,7 +78,7 @@ def best_on_validation(document: Mapping[str, Any], plan: Plan, dataset: str) ->
   return max(found, key=lambda name: found[name]) if found else None
 
 
-def line_of(points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]) -> list[str]:
+def line_of(points: Points, dense: Points) -> list[str]:
   """Seeds, accuracy, difference to dense, verdict, keep ratio, MACs and speed of some points."""
   gain: metrics.Difference | None = report.difference(points, dense) if points is not dense else None
   accuracies = report.mean_std([row['metrics']['accuracy'] for row in points])
@@ -64,12 +90,12 @@ def line_of(points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, An
   ]  # fmt: skip
 
 
-def speed_of(points: Sequence[Mapping[str, Any]]) -> float | None:
+def speed_of(points: Points) -> float | None:
   """Throughput, times that of dense; None where no time was taken."""
   return report.mean([row['time']['time_ratio'] for row in points if row.get('time')])
 
 
-def speed_cell(points: Sequence[Mapping[str, Any]]) -> str:
+def speed_cell(points: Points) -> str:
   """`speed_of`, and what the texts that were timed cost where that is not what all do."""
   timed = [row for row in points if row.get('time')]
   cost = report.mean([row['time']['mac_ratio'] for row in timed])
@@ -88,15 +114,58 @@ def trained_table(document: Mapping[str, Any], plan: Plan, dataset: str) -> str:
   def cells(points):
     return shared.cells(points) if by_compact else ()
 
-  lines += [['dense', '–', *line_of(dense, dense), *cells(dense), '']] if dense else []
-  for name, method in METHODS.items():
-    for budget in (None, *sorted(plan.budgets_of(name), reverse=True)):
-      points = of(document, dataset, name, 'trained' if budget is None else 'set', budget)
-      if points:
-        title = method.title + (' *chosen on validation*' if name == chosen and budget is None else '')
-        paper = PAPERS.get((dataset, name), '') if budget is None else ''
-        asked = 'as trained' if budget is None else f'{budget}'
-        lines.append([title, asked, *line_of(points, dense), *cells(points), paper])
+  lines += [[DENSE, '–', *line_of(dense, dense), *cells(dense), '']] if dense else []
+  for name in METHODS:
+    for setting in settings(document, plan, dataset, name):
+      first = setting.budget is None
+      title = setting.title + (' *chosen on validation*' if name == chosen and first else '')
+      paper = PAPERS.get((dataset, name), '') if first else ''
+      points = setting.points
+      lines.append([title, setting.asked, *line_of(points, dense), *cells(points), paper])
+  return report.table(lines)
+
+
+def front(document: Mapping[str, Any], plan: Plan, dataset: str, cost: Cost) -> list[Setting]:
+  """The Pareto front, the cheapest first: settings, dense among them, that nothing as cheap equals on validation.
+
+  Of those that all seeds ran. What falls behind dense by more than a plot shows is left out.
+  """
+  dense = dense_points(document, dataset)
+  every = [Setting(DENSE, None, dense)]
+  every += [setting for name in METHODS for setting in settings(document, plan, dataset, name)]
+  sign = -1 if cost is speed_of else 1
+  known = [
+    (sign * x, -on_validation(setting.points, dense), place)
+    for place, setting in enumerate(every)
+    if len(setting.points) == len(plan.seeds[dataset]) and (x := cost(setting.points)) is not None
+  ]
+  found, best = [], -float(SHOWN)
+  for _, loss, place in sorted(known):
+    if -loss > best:
+      best = -loss
+      found.append(every[place])
+  return found
+
+
+def on_validation(points: Points, dense: Points) -> float:
+  """Accuracy on the validation split less that of the dense runs of the same seeds, in points."""
+  known = {row['seed']: row['valid']['accuracy'] for row in dense}
+  return 100 * float(np.mean([row['valid']['accuracy'] - known[row['seed']] for row in points]))
+
+
+def front_table(document: Mapping[str, Any], plan: Plan, dataset: str, cost: Cost) -> str:
+  """What stands on the front, and what that is on the test split."""
+  dense = dense_points(document, dataset)
+  lines = [['', 'budget', 'seeds', 'MACs', 'times dense', 'valid − dense', 'test − dense [95%]']]
+  for setting in front(document, plan, dataset, cost):
+    points, asked, beside = setting.points, setting.asked, ['–', '–']
+    if setting.title == DENSE:
+      asked = '–'
+    elif gain := report.difference(points, dense):
+      beside = [f'{on_validation(points, dense):+.2f}', report.points(gain._asdict())]
+    lines.append([
+      setting.title, asked, str(len(points)), report.number(macs_of(points)), speed_cell(points), *beside
+    ])  # fmt: skip
   return report.table(lines)
 
 
@@ -196,8 +265,11 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
       continue
     table = trained_table(document, plan, dataset)
     parts += [f'## {title}\n\n{table}', f'![{title}]({name}_{dataset}.png)\n']
+    told = 'settings of all seeds that nothing as cheap equals on the validation split (rings in the plot)'
+    parts.append(f'Pareto front by multiply-adds, {told}:\n\n{front_table(document, plan, dataset, macs_of)}')
     if any(row.get('time') for row in document['rows'] if row['dataset'] == dataset):
       parts.append(f'![{title}, on the clock]({name}_{dataset}_time.png)\n')
+      parts.append(f'By throughput, of what was timed:\n\n{front_table(document, plan, dataset, speed_of)}')
     if plan.lengths:
       told = "Accuracy and share of dense's multiply-adds by length (number of texts), seed 0:"
       parts.append(f'{told}\n\n{length_table(document, dataset)}')
@@ -242,7 +314,7 @@ def plot(
   document: Mapping[str, Any],
   plan: Plan,
   dataset: str,
-  cost: Callable[[Sequence[Mapping[str, Any]]], float | None],
+  cost: Cost,
   title: str,
   label: str,
 ) -> None:
@@ -252,13 +324,8 @@ def plot(
   level = 100 * np.mean([row['metrics']['accuracy'] for row in dense])
   studied = {row['name'] for row in document['rows']}  # whether measured or not: a method keeps its colour
   for place, name in enumerate(name for name in METHODS if name in studied):
-    found = [
-      of(document, dataset, name, 'trained', None),
-      *(of(document, dataset, name, 'set', b) for b in plan.budgets_of(name)),
-    ]
-    spots = sorted(
-      (x, *gain_of(points, dense)) for points in found if points and (x := cost(points)) is not None
-    )
+    found = [setting.points for setting in settings(document, plan, dataset, name)]
+    spots = sorted((x, *gain_of(points, dense)) for points in found if (x := cost(points)) is not None)
     if cost is speed_of:
       # Lines stand at what they differ from their dense runs.
       shifts = {row['seed']: level - 100 * row['metrics']['accuracy'] for row in dense}
@@ -267,6 +334,8 @@ def plot(
       x, mean, low, high = (np.array(column) for column in zip(*spots))
       axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
                     linewidth=1.4, label=METHODS[name].title, **pictures.look(place))  # fmt: skip
+  best = [setting.points for setting in front(document, plan, dataset, cost) if setting.title != DENSE]
+  pictures.rings(axes, [(cost(points), level + gain_of(points, dense)[0]) for points in best], 'Pareto front')
   pictures.level(axes, level)
   # What has broken down would take the scale from all others; the table has it.
   axes.set_ylim(bottom=max(axes.get_ylim()[0], level - SHOWN))
@@ -275,14 +344,12 @@ def plot(
   drawing.savefig(path)
 
 
-def macs_of(points: Sequence[Mapping[str, Any]]) -> float | None:
+def macs_of(points: Points) -> float | None:
   """Multiply-adds as a share of dense's, mean over seeds."""
   return report.mean([row['mac_ratio'] for row in points])
 
 
-def gain_of(
-  points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]
-) -> tuple[float, float, float]:
+def gain_of(points: Points, dense: Points) -> tuple[float, float, float]:
   """(difference to dense in points, its interval)."""
   gain = report.difference(points, dense)
   assert gain is not None  # dense runs come before all others of their seed

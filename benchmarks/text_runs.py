@@ -87,6 +87,12 @@ METHODS = {
   ),
   'exits': Method('exits, linear', 'exits', executor='serve'),
   'fastbert': Method('FastBERT', 'exits', ('reducer.head=attention',), 'serve'),
+  'fastbert_long': Method(
+    f'FastBERT, exits trained for {LONG} epochs',
+    'exits',
+    ('reducer.head=attention', f'stages[0].epochs={LONG}'),
+    'serve',
+  ),
   'pyramid': Method('Magic Pyramid', 'pyramid', HALF_PRUNED, 'serve'),
   'pyramid_fastbert': Method(
     "Magic Pyramid, FastBERT's exits",
@@ -184,10 +190,10 @@ PLANS = {
   'exits': Plan(
     'Exits, pruning, and both',
     {'ag_news': ALL, 'bbc': (0,), 'rotten_tomatoes': (0,), 'ag_mpnet': (0,), 'sst2': ALL},
-    ('ltp', 'exits', 'fastbert', 'pyramid_fastbert', 'student', 'pyramid_states', 'pyramid'),
+    ('ltp', 'exits', 'fastbert', 'fastbert_long', 'pyramid_fastbert', 'student', 'pyramid_states', 'pyramid'),
     (),
     (0.4, 0.25, 0.6, 0.15, 0.8, 0.5, 0.3),
-    few={'ag_mpnet': ('fastbert', 'pyramid_states'), 'sst2': ('fastbert',)},
+    few={'ag_mpnet': ('fastbert', 'pyramid_states'), 'sst2': ('fastbert', 'fastbert_long')},
     lengths=True,
   ),
 }

@@ -167,8 +167,10 @@ def test_the_queue_goes_on_and_ends_with_every_point(study, tmp_path, monkeypatc
   )
   assert {row['name'] for row in document['rows'] if row['budget'] == 0.35} == {'sttabt', 'sttabt_states'}
   assert '| STTABT, Concrete | 0.35 | 3 |' in text
-  lines = [line for line in text.splitlines() if line.startswith(('| LTP |', '| LTP *'))]
-  assert len(lines) == 2 * (1 + len(PLAN.budgets) - 1) + 1
+  lines = [
+    line for line in text.splitlines() if line.startswith(('| LTP |', '| LTP *')) and line.count('|') == 11
+  ]
+  assert len(lines) == 2 * (1 + len(PLAN.budgets) - 1)  # those of other tables have other columns
   plots(tmp_path / 'plot.png', document, PLAN, 'sst2')
   assert 10_000 < (tmp_path / 'plot.png').stat().st_size < 300_000
 
@@ -201,6 +203,7 @@ def test_a_page_shows_pictures_of_what_was_measured_alone():
   told = text_page.page(document, PLAN, 'text_pruning')
   assert '.png' not in told and f'## SST-2\n\n{text_page.NOT_RUN}' in told
   document['rows'][0] |= fake_point(dict.fromkeys(SCORES, 0.9), 1.0, records(0.9, 0))
+  document['rows'][0]['valid'] = {'accuracy': 0.9}
   told = text_page.page(document, PLAN, 'text_pruning')
   assert 'text_pruning_sst2.png' in told and 'text_pruning_ag_news.png' not in told
 
@@ -246,6 +249,40 @@ def test_times_go_into_the_table_and_a_plot(study, tmp_path, monkeypatch, capsys
   monkeypatch.setattr(sys, 'argv', [*given, f'--runs={tmp_path}/runs', '--seed=1'])
   text_times.main()
   assert 'sst2: its dense run of seed 1 is not measured; nothing to time' in capsys.readouterr().out
+
+
+def test_the_front_is_chosen_on_validation_among_what_all_seeds_ran():
+  plan = PLAN._replace(seeds={'sst2': (0, 1)})
+
+  def points(name, budget, valid, macs, speed, seeds=(0, 1)):
+    row = text_runs.dense_row if name == 'dense' else text_runs.method_row
+    for seed in seeds:
+      made = row('sst2', seed) if name == 'dense' else row('sst2', name, seed)
+      yield {
+        **text_pruning.empty(made, budget), 'valid': {'accuracy': valid + 0.01 * seed},
+        'time': {'time_ratio': speed, 'mac_ratio': macs}, **fake_point(dict.fromkeys(SCORES, 0.1), macs, records(0.9, 0)),
+      }  # fmt: skip
+
+  rows = [
+    *points('dense', None, 0.90, 1.0, 1.0),
+    *points('topk', None, 0.85, 0.4, 3.0),
+    *points('topk', 0.55, 0.88, 0.55, 2.0),
+    *points('ltp', None, 0.84, 0.45, 2.5),  # dearer than top-k and no better
+    *points('ltp', 0.55, 0.89, 0.55, 1.1),  # as dear as top-k and better
+    *points('ltp', 0.2, 0.60, 0.2, 4.0),  # broken down
+    *points('power', None, 0.95, 0.3, 5.0, seeds=(1,)),  # one seed alone
+  ]
+  document = {'rows': rows}
+
+  def stands(cost):
+    return [(one.title, one.budget) for one in text_page.front(document, plan, 'sst2', cost)]
+
+  ltp, topk, dense = ('LTP', 0.55), ('top-k', None), ('dense', None)
+  assert stands(text_page.macs_of) == [topk, ltp, dense]
+  assert stands(text_page.speed_of) == [topk, ('top-k', 0.55), ltp, dense]
+  table = text_page.front_table(document, plan, 'sst2', text_page.macs_of).splitlines()
+  assert table[2].startswith('| top-k | as trained | 2 | 0.40 | 3.00 | -5.00 | +0.00 [')
+  assert table[-1] == '| dense | – | 2 | 1.00 | 1.00 | – | – |'
 
 
 def test_of_several_seeds_the_one_that_was_timed_is_shown():
