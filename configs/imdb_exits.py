@@ -25,6 +25,8 @@ EXITS = {
   'batch_capacities': (),
   'overflow_rate': 0.0,
 }
+# FastBERT's. On 1,274 articles of BBC News exits have 98.1% at a quarter of dense's multiply-adds after five, 92.0% after 1.
+EPOCHS = 5
 # Of what is trained alone on frozen states, whatever suits the encoder; classifiers have ten times that.
 RATE = 1e-4
 THRESHOLD = {'name': 'threshold', 'threshold': 0.005, 'capacities': (), 'overflow_rate': 0.01}
@@ -46,7 +48,7 @@ def get_config(argument: str = 'exits') -> ml_collections.ConfigDict:
     raise UserError(f'the config has no variant {variant!r}; choose one of {", ".join(reducers)}')
   tune = settings.stage(name='tune', epochs=2)
   fit = settings.stage(
-    name='exits', init='tune', train='reducer/.*', objective='exits', epochs=1,
+    name='exits', init='tune', train='reducer/.*', objective='exits', epochs=EPOCHS,
     rate=RATE / config.optimizer.learning_rate,
   )  # fmt: skip
   with config.unlocked():

@@ -35,7 +35,7 @@ def get_config(argument: str = 'linear') -> ml_collections.ConfigDict:
       {**soft, 'reducer': {'ltp': soft['reducer'], 'early_exit': none}},
       {**hard, 'reducer': {'ltp': hard['reducer'], 'early_exit': none}},
       settings.stage(
-        name='exits', epochs=2, init='hard', train='reducer/reducers_1/.*', objective='exits',
+        name='exits', epochs=imdb_exits.EPOCHS, init='hard', train='reducer/reducers_1/.*', objective='exits',
         reducer={'ltp': {**hard['reducer'], 'target_macs': 0.0}},  # its thresholds stay as they are
         rate=imdb_exits.RATE / config.optimizer.learning_rate,
       ),
