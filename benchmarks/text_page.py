@@ -257,7 +257,8 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
     'the cost, of a model twice as deep and twice as wide. *Distilled with states*, as '
     'students are: the last '
     f"stage of the encoder has {LONG} epochs, where the methods' own recipes have 1 or 2; so distilled Magic Pyramid has "
-    "FastBERT's exits. *Brief exits* were trained for 1 epoch (FastBERT), 2 (Magic Pyramid) or 3 (both on MPNet-base).\n"
+    "FastBERT's exits. *Brief exits*, and those of rows without a word on it, were trained for 1 epoch, in Magic Pyramid for "
+    '2, on MPNet-base for 3.\n'
   ]
   for dataset in plan.seeds:
     title = CORPORA[dataset].title
@@ -323,20 +324,28 @@ def plot(
   drawing, axes = pictures.figure()
   dense = dense_points(document, dataset)
   level = 100 * np.mean([row['metrics']['accuracy'] for row in dense])
+  placed: dict[tuple, tuple] = {}  # by title and budget: cost, difference to dense and its interval
   studied = {row['name'] for row in document['rows']}  # whether measured or not: a method keeps its colour
   for place, name in enumerate(name for name in METHODS if name in studied):
-    found = [setting.points for setting in settings(document, plan, dataset, name)]
-    spots = sorted((x, *gain_of(points, dense)) for points in found if (x := cost(points)) is not None)
+    own = list(settings(document, plan, dataset, name))
+    placed |= {
+      (setting.title, setting.budget): (x, *gain_of(setting.points, dense))
+      for setting in own
+      if (x := cost(setting.points)) is not None
+    }
+    spots = sorted(placed[one.title, one.budget] for one in own if (one.title, one.budget) in placed)
     if cost is speed_of:
       # Lines stand at what they differ from their dense runs.
       shifts = {row['seed']: level - 100 * row['metrics']['accuracy'] for row in dense}
-      shared.line(axes, found, METHODS[name].title, pictures.look(place), shifts)
+      shared.line(
+        axes, [setting.points for setting in own], METHODS[name].title, pictures.look(place), shifts
+      )
     if spots:
       x, mean, low, high = (np.array(column) for column in zip(*spots))
       axes.errorbar(x, level + mean, yerr=[mean - low, high - mean], linestyle='-', elinewidth=0.9, capsize=2, markersize=5,
                     linewidth=1.4, label=METHODS[name].title, **pictures.look(place))  # fmt: skip
-  best = [setting.points for setting in front(document, plan, dataset, cost) if setting.title != DENSE]
-  pictures.rings(axes, [(cost(points), level + gain_of(points, dense)[0]) for points in best], 'Pareto front')
+  best = [placed[one.title, one.budget] for one in front(document, plan, dataset, cost) if one.title != DENSE]
+  pictures.rings(axes, [(x, level + mean) for x, mean, *_ in best], 'Pareto front')
   pictures.level(axes, level)
   # What has broken down would take the scale from all others; the table has it.
   axes.set_ylim(bottom=max(axes.get_ylim()[0], level - SHOWN))

@@ -119,7 +119,7 @@ METHODS = {
 
 # A third of AG News' texts: exits are trained on them for longer, the pruned encoder as long as its dense fine-tune. On BBC
 # News the thresholds' whole gradient, with which LTP was trained there.
-LONGER = {
+OWN = {
   ('bbc', 'pyramid_long'): ('reducer.reducers[0].score_gradient=1.0',),
   ('ag_mpnet', 'fastbert'): ('stages[0].epochs=3',),
   ('ag_mpnet', 'pyramid_states'): (
@@ -268,7 +268,7 @@ def method_row(dataset: str, name: str, seed: int) -> Row:
   place = 'pooled/approx-seed0' if name == 'sttabt_pooled' else f'{dataset}/approx-seed{seed}'
   approx = f',{{runs}}/{place}' if method.recipe.startswith('sttabt') else ''
   variant = f'{method.recipe},{{runs}}/{dataset}/{dense_row(dataset, seed).name}-seed{seed}{approx}'
-  overrides = (*method.overrides, *LONGER.get((dataset, name), ()))
+  overrides = (*method.overrides, *OWN.get((dataset, name), ()))
   return Row(dataset, name, variant, seed, overrides, 'configs/prune.py', False)
 
 
