@@ -2,7 +2,7 @@
 
     python benchmarks/tagging.py [--runs=runs] [--rows=N] [--results=results]
     python benchmarks/tagging.py --times [--budgets=0.5,0.33,0.25] [--executors=compact,serve] [--documents=2048]
-                                 [--repeats=5]
+                                 [--curves=sentee,tokee_15,tokee_5,tokee_1] [--repeats=5]
 
 One dense MiniLM-L6 a seed, which all start from (configs/prune.py): SENTEE's run trains all exits together, TOKEE's goes on
 from it with exits that it samples itself. Each is then set to budgets from 1.5 to 4 times fewer multiply-adds than dense on
@@ -25,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from benchmarks import accuracy, pictures, report, serving, shared, text_pruning, text_times, turns
+from benchmarks import accuracy, pictures, report, serving, shared, speed, text_pruning, text_times, turns
 from benchmarks.studies import Row
 from benchmarks.trained import Trained
 from tokenprune_jax import ladder, serve, timing, workdir
@@ -69,6 +69,8 @@ CURVES = {
   'student_third': Curve('student, a third of the layers', 'student_third'),
 }
 SET = ('sentee', 'tokee')  # whose cost can be set
+# What transitions cost lies in their share of the multiply-adds.
+TIMED = tuple(name for name, curve in CURVES.items() if curve.run in SET and not curve.transitions)
 FIRST_SEED = ('dense_more', 'student', 'student_third')
 
 
@@ -261,7 +263,7 @@ def batched(requests: Sequence[Any], pad: int) -> dict[str, list[dict]]:
 
 
 def timed(study: Study, options: argparse.Namespace) -> None:
-  """Writes times into the points of seed 0, but those of transitions: what these cost lies in their share of the MACs."""
+  """Writes times into the points of seed 0."""
   found = {
     row.name: row for row in study.runs if row.seed == 0 and (study.folder(row) / 'result.json').exists()
   }
@@ -286,7 +288,7 @@ def timed(study: Study, options: argparse.Namespace) -> None:
     points = {
       f'{point["name"]} at {point["budget"]}': point
       for point in study.points.get((name, 0), ())
-      if point['budget'] in options.budgets and point['metrics'] and not CURVES[point['name']].transitions
+      if point['budget'] in options.budgets and point['metrics'] and point['name'] in options.curves
     }
     if name in trained and points:
       trained[name].buckets = fine(trained[name].buckets[-1])
@@ -336,6 +338,14 @@ def answers(server: serve.Server, requests: Sequence[Any], controls: Mapping[str
   return list(server.map(requests, controls))
 
 
+def curves(text: str) -> tuple[str, ...]:
+  """The names of curves, separated by commas."""
+  found = tuple(speed.words(text))
+  if wrong := [name for name in found if name not in TIMED]:
+    raise argparse.ArgumentTypeError(f'{wrong[0]!r} is none; choose from {", ".join(TIMED)}')
+  return found
+
+
 def main() -> None:
   """Runs and points that are missing, in order; or times."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -348,6 +358,7 @@ def main() -> None:
   parser.add_argument(
     '--executors', type=text_times.executors, default=text_times.EXECUTORS, help='that are timed'
   )
+  parser.add_argument('--curves', type=curves, default=TIMED, help='that are timed')
   parser.add_argument('--documents', type=int, default=2048, help='that are timed')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')
