@@ -1,5 +1,6 @@
 """What studies leave in results/: NAME.json, and the table and plots NAME* that are made from it alone."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -158,10 +159,10 @@ def by_length(records: Sequence[Mapping[str, Any]], limits: Sequence[int | None]
   return found
 
 
-def right(row: Mapping[str, Any]) -> np.ndarray:
+def right(correct: str, examples: int) -> np.ndarray:
   """[N] bool of `correctness`."""
-  bits = np.unpackbits(np.frombuffer(bytes.fromhex(row['correct']), np.uint8))
-  return bits[: row['examples']].astype(bool)
+  bits = np.unpackbits(np.frombuffer(bytes.fromhex(correct), np.uint8))
+  return bits[:examples].astype(bool)
 
 
 def difference(
@@ -178,7 +179,14 @@ def difference(
       f'error: the runs were tested on different documents (digests {", ".join(sorted(digests))}); '
       'their difference means nothing. Run them again with one data setting.'
     )
-  return metrics.paired_bootstrap(*(np.stack([right(pair[i]) for pair in pairs]) for i in (0, 1)))
+  own, theirs = (tuple((row['correct'], row['examples']) for row in side) for side in zip(*pairs))
+  return between(own, theirs)
+
+
+@functools.lru_cache(maxsize=4096)
+def between(own: Sequence[tuple[str, int]], theirs: Sequence[tuple[str, int]]) -> metrics.Difference:
+  """Paired bootstrap of (which answers are right, of how many), a pair a seed; a page asks for the same one several times."""
+  return metrics.paired_bootstrap(*(np.stack([right(*one) for one in side]) for side in (own, theirs)))
 
 
 # ---------------------------------------------------------------------------------------------------- Summary

@@ -46,16 +46,22 @@ WITH_FASTBERT = (*HALF_PRUNED, 'reducer.reducers[1].head=attention')
 ADAPTED = 3  # epochs that an ApproxNet of all texts goes on for on the attention of a dataset's own dense run
 LONG = 5  # epochs of the last stage where a teacher's states are learned: they go on telling more when labels are known
 
+# Of about 0.63 of dense's multiply-adds, so that exits which leave as much of that again end at TRAINED_AT.
+LIGHT = '(1.0,0.9,0.7,0.5,0.3,0.1)'
 CASCADE = '(0.459,0.459,0.459,0.367,0.275,0.184)'  # SpAtten's schedule, whose first half is whole, scaled to TRAINED_AT
 
 
 class Method(NamedTuple):
-  """How a method stands in tables, what configs/prune.py calls it, what is changed of its config, and how it is timed."""
+  """How a method stands in tables, what configs/prune.py calls it, what is changed of its config, and how it is timed.
+
+  after: the run that it goes on from, where that is not the dense one.
+  """
 
   title: str
   recipe: str
   overrides: tuple[str, ...] = ()
   executor: str = 'compact'  # fixed counts, or a plan of known size; 'serve': counts that depend on the text
+  after: str = ''
 
 
 METHODS = {
@@ -94,6 +100,18 @@ METHODS = {
     'exits',
     (ATTENTION, f'stages[0].epochs={LONG}'),
     'serve',
+  ),
+  'topk_light': Method(
+    'top-k, half as strong, distilled with states',
+    'topk+states',
+    (f'reducer.shares={LIGHT}', f'stages[0].epochs={LONG}'),
+  ),
+  'topk_exits': Method(
+    f'top-k, half as strong, then FastBERT, {LONG} epochs of exits',
+    'exits',
+    ('reducer.reducers[1].head=attention', f'stages[0].epochs={LONG}'),
+    'serve',
+    after='topk_light',
   ),
   'pyramid': Method('Magic Pyramid', 'pyramid', (*HALF_PRUNED, 'stages[2].epochs=2'), 'serve'),
   'pyramid_fastbert': Method(
@@ -210,7 +228,10 @@ PLANS = {
     ),
     (),
     (0.4, 0.25, 0.6, 0.15, 0.8, 0.5, 0.3),
-    few={'ag_mpnet': ('fastbert', 'pyramid_states'), 'sst2': ('fastbert', 'fastbert_long')},
+    few={
+      'ag_mpnet': ('fastbert', 'pyramid_states'),
+      'sst2': ('fastbert', 'fastbert_long', 'topk_light', 'topk_exits'),
+    },
     lengths=True,
   ),
 }
@@ -263,11 +284,12 @@ def own_approx_row(dataset: str, seed: int) -> Row:
 
 
 def method_row(dataset: str, name: str, seed: int) -> Row:
-  """A method, from the dense run of its dataset and seed."""
+  """A method, from the dense run of its dataset and seed, or from what that was pruned to."""
   method = METHODS[name]
   place = 'pooled/approx-seed0' if name == 'sttabt_pooled' else f'{dataset}/approx-seed{seed}'
   approx = f',{{runs}}/{place}' if method.recipe.startswith('sttabt') else ''
-  variant = f'{method.recipe},{{runs}}/{dataset}/{dense_row(dataset, seed).name}-seed{seed}{approx}'
+  before = method.after or dense_row(dataset, seed).name
+  variant = f'{method.recipe},{{runs}}/{dataset}/{before}-seed{seed}{approx}'
   overrides = (*method.overrides, *OWN.get((dataset, name), ()))
   return Row(dataset, name, variant, seed, overrides, 'configs/prune.py', False)
 

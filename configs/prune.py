@@ -9,6 +9,7 @@ finished dense run and, where there is one, that of a run which the method's fir
 one of approx, for tokee one of sentee.
 approx itself goes on from a given one, of other texts or of the pretrained encoder (`imdb_sttabt.py:approx`). A method's
 recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
+exits of a run that prunes are trained on what it leaves, and chained with its method as it is: `exits,runs/ltp`.
 `topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from labels alone;
 `topk+states` also from what the dense run's head reads.
 """
@@ -29,6 +30,7 @@ from configs import (
   imdb_student,
   imdb_topk,
 )
+from tokenprune_jax import pretrained
 from tokenprune_jax.errors import UserError
 
 RECIPES = {
@@ -87,6 +89,23 @@ def taught(stage: dict, dense: str, objective: str) -> dict:
   return {**stage, 'objective': objective, 'teacher': dense}
 
 
+def methods_of(folder: str) -> tuple[dict, ...]:
+  """The methods that a finished run left, in their order, set as they are; of a dense one none."""
+  model = pathlib.Path(folder) / 'model'
+  spec = pretrained.load_exported(model).reducer_spec if model.is_dir() else {'name': 'none'}
+  members = spec.get('reducers', (spec,) if spec['name'] != 'none' else ())
+  return tuple({**member, **({'target_macs': 0.0} if 'target_macs' in member else {})} for member in members)
+
+
+def chained(config: ml_collections.ConfigDict, before: tuple[dict, ...]) -> None:
+  """Exits behind the methods of a run that prunes: they alone are trained."""
+  exits, place = config.reducer.to_dict(), f'reducers_{len(before)}'
+  if any(member['name'] == exits['name'] for member in before):
+    raise UserError('the run has exits already; name the run without them that it was made from')
+  config.reducer = {'name': 'chain', 'reducers': (*before, exits)}
+  config.stages = tuple({**stage, 'train': f'reducer/{place}/.*'} for stage in config.stages)
+
+
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
   """The config of 'method[+distil|+states],dense run[,run of the first stage]'."""
   name, _, folders = argument.partition(',')
@@ -106,6 +125,8 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.stages = tuple(
       moved(dict(stage), dense, other) for stage in config.stages if stage['name'] not in left_out
     )
+    if method == 'exits' and (before := methods_of(dense)):
+      chained(config, before)
     if config.reducer.get('name') == 'power':  # ranks are those of the dense run's texts
       config.reducer.slots = config.data.max_length
     if plus:

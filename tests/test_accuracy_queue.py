@@ -146,7 +146,7 @@ def test_summary_is_the_paired_bootstrap(tmp_path):
       records = [json.loads(line) for line in (folder / 'predictions_test.jsonl').read_text().splitlines()]
       right = np.mean([r['label'] == r['prediction'] for r in records])
       kept = report.correctness(records)
-      assert report.right(kept).mean() == pytest.approx(right)
+      assert report.right(kept['correct'], kept['examples']).mean() == pytest.approx(right)
       metrics = dict.fromkeys(('accuracy', 'macro_f1', 'macro_f1_batch16'), float(right))
       rows.append({'name': name, 'seed': seed, 'metrics': metrics, 'keep_ratio': 1.0, 'mac_ratio': 1.0,
                    'time_ratio': None, **kept})  # fmt: skip

@@ -56,15 +56,44 @@ def given(method, *folders):
   return settings.check(config)
 
 
-def test_thresholds_are_learned_from_two_runs(runs, tmp_path):
+@pytest.fixture(scope='module')
+def pruned(runs):
+  """(workdir, result) of a run that learned thresholds, from both."""
   config = given('sttabt', runs / 'dense', runs / 'approx')
   assert [found['name'] for found in config['stages']] == ['soft', 'hard']
   config['reducer'] |= {'target_macs': 0.6}
-  result = train.run(config, tmp_path)
+  return runs / 'pruned', train.run(config, runs / 'pruned')
+
+
+def test_thresholds_are_learned_from_two_runs(pruned):
+  _, result = pruned
   assert result['mac_ratio'] == pytest.approx(0.6, abs=0.08)
   for stage in ('soft', 'hard'):
     found = result['stages'][stage]['fields']['sttabt']
     assert found['shift'] != 0 and len(found['capacities']) == 4
+
+
+def test_exits_are_trained_behind_a_run_that_prunes(pruned, tmp_path):
+  folder, result = pruned
+  config = given('exits', folder)
+  assert config['stages'][0]['init'] == str(folder)
+  config['reducer']['reducers'][1]['threshold'] = 0.0  # nobody leaves: what is counted is pruning and exits
+  found = train.run(config, tmp_path)
+  before, after = (export.load_exported(place / 'model') for place in (folder, tmp_path))
+  pruning, exits = after.reducer_spec['reducers']
+  assert exits['name'] == 'early_exit' and set(after.params['reducer']['reducers_1']) == {
+    f'exit_{l}' for l in (1, 2, 3)
+  }
+  assert pruning == {**before.reducer_spec, 'target_macs': 0.0}
+  for own, theirs in (
+    (after.params['reducer']['reducers_0'], before.params['reducer']),
+    (after.params['encoder'], before.params['encoder']),
+  ):
+    jax.tree.map(np.testing.assert_array_equal, own, theirs)
+  assert found['mac_ratio'] == pytest.approx(result['mac_ratio'], abs=0.02)
+  assert found['metrics']['accuracy'] == result['metrics']['accuracy']
+  with pytest.raises(UserError, match='has exits already'):
+    given('exits', tmp_path)
 
 
 def test_the_oracle_begins_as_a_copy_of_the_encoder_that_it_then_keeps(runs):

@@ -107,7 +107,9 @@ def test_a_teacher_of_another_run_answers_as_it_was_trained(tmp_path):
   with pytest.raises(UserError, match='has the labels bees, cats, dogs; here they are x, y'):
     initial.teacher(str(tmp_path / 'a'), model.config, ('x', 'y'))
   # A head that has learned to read something else is not taken.
-  found = initial.from_run(str(tmp_path / 'a'), model.config, prepared.dataset.labels, 'mean', 'linear')
+  found = initial.from_run(
+    str(tmp_path / 'a'), model.config, prepared.dataset.labels, 'mean', 'linear', {'name': 'none'}
+  )
   assert 'encoder' in found and set(found) <= {'encoder', 'reducer'}
 
 

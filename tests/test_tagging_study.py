@@ -138,4 +138,4 @@ def test_every_run_comes_after_those_it_starts_from():
 def test_whole_sentences_are_right_or_wrong():
   right, wrong = {'tags': ['O', 'B-X'], 'predicted': ['O', 'B-X']}, {'tags': ['O'], 'predicted': ['B-X']}
   found = report.correctness([right, wrong])
-  np.testing.assert_array_equal(report.right(found), [True, False])
+  np.testing.assert_array_equal(report.right(found['correct'], found['examples']), [True, False])

@@ -87,24 +87,34 @@ def check_reducer(
 
 
 def from_run(
-  folder: str, config: EncoderConfig, labels: Sequence[str], readout: str, head: str
+  folder: str, config: EncoderConfig, labels: Sequence[str], readout: str, head: str, spec: Mapping[str, Any]
 ) -> dict[str, Any]:
   """The parameters that another run exported; those of the encoder alone where it was for other labels.
 
-  Of a run that read something else into its head, or into another one, all but the head. Raises UserError where `folder`
-  holds no finished run, or one with another encoder.
+  Of a run that read something else into its head, or into another one, all but the head. spec: the method that they are
+  for. Raises UserError where `folder` holds no finished run, or one with another encoder.
   """
   found = exported(folder, config)
   if tuple(found.labels) != tuple(labels):
     writer.say(f'{folder} has other labels ({", ".join(found.labels)}): its head is not used')
     return {'encoder': found.params['encoder']}
   theirs, ours = (found.readout, found.head), (readout, head)
+  params = in_chain(found, spec)
   if theirs == ours:
-    return found.params
+    return params
   writer.say(
     f'{folder} has config.task readout and head {", ".join(theirs)}, here {", ".join(ours)}: its head is not used'
   )
-  return {name: part for name, part in found.params.items() if name != 'head'}
+  return {name: part for name, part in params.items() if name != 'head'}
+
+
+def in_chain(found: pretrained.Exported, spec: Mapping[str, Any]) -> dict[str, Any]:
+  """A run's parameters; where its method is a member of the chain `spec`, what it learned lies at that member's place."""
+  places = {member['name']: path for path, member in specs.placed(spec)}
+  learned = found.params.get('reducer', {})
+  for name in reversed(places.get(found.reducer_spec['name'], ())):
+    learned = {name: learned}
+  return {**found.params, 'reducer': learned}
 
 
 def teacher(folder: str, config: EncoderConfig, labels: Sequence[str]) -> pretrained.Exported:
@@ -169,7 +179,7 @@ def check_inherited(
   elif source in earlier:
     there = set(optim.flatten(param_shapes(earlier[source])))
   else:
-    there = set(optim.flatten(exported(source, config).params))
+    there = set(optim.flatten(in_chain(exported(source, config), spec)))
   for pattern, name in wanted:
     if not any(re.fullmatch(pattern, path) for path in there):
       raise UserError(

@@ -164,7 +164,7 @@ def train_stage(session: Session, stage: Mapping[str, Any], done: Mapping[str, D
   found = checkpoints.resume(sharding.placed(like, places), config)
   if found is None:
     position = Position(start=max((earlier.step for earlier in done.values()), default=0))
-    params = sharding.put(initial_params(session, stage, model, done), places['params'])
+    params = sharding.put(initial_params(session, stage, spec, model, done), places['params'])
     moments = jax.jit(optimizer.init, out_shardings=places['optimizer'])(optim.split(params, trained)[0])
   else:
     saved, record = found
@@ -308,7 +308,11 @@ def accumulated(gradient: Callable, batch: Mapping[str, jax.Array], key: jax.Arr
 
 
 def initial_params(
-  session: Session, stage: Mapping[str, Any], model: Classifier, done: Mapping[str, Done]
+  session: Session,
+  stage: Mapping[str, Any],
+  spec: Mapping[str, Any],
+  model: Classifier,
+  done: Mapping[str, Done],
 ) -> Any:
   """What a stage starts from, on the host: a fresh model with the weights of `init` in it, and of `init_reducer`."""
   weights, init, own = session.weights, stage['init'], stage['init_reducer']
@@ -322,10 +326,12 @@ def initial_params(
     source, origin = of_stage(init), f'stage {init!r}'
   else:
     task = session.config['task']
-    source = initial.from_run(init, weights.config, session.dataset.labels, task['readout'], task['head'])
+    source = initial.from_run(
+      init, weights.config, session.dataset.labels, task['readout'], task['head'], spec
+    )
     origin = init
   if own:
-    other = of_stage(own) if own in done else initial.exported(own, weights.config).params
+    other = of_stage(own) if own in done else initial.in_chain(initial.exported(own, weights.config), spec)
     source, origin = {**source, 'reducer': other.get('reducer', {})}, f'{origin} and {own}'
   return initial.graft(model, jax.random.key(session.config['seed'], impl=PRNG), source, origin)
 
