@@ -41,13 +41,9 @@ CORPORA = {
 }
 BUDGET = (f'reducer.target_macs={TRAINED_AT}',)
 HALF_PRUNED = ('reducer.reducers[0].target_macs=0.5',)  # exits take off the rest
-ATTENTION = 'reducer.head=attention'  # exits as FastBERT has them, and so in a chain:
-WITH_FASTBERT = (*HALF_PRUNED, 'reducer.reducers[1].head=attention')
 ADAPTED = 3  # epochs that an ApproxNet of all texts goes on for on the attention of a dataset's own dense run
 LONG = 5  # epochs of the last stage where a teacher's states are learned: they go on telling more when labels are known
 
-# Of about 0.63 of dense's multiply-adds, so that exits which leave as much of that again end at TRAINED_AT.
-LIGHT = '(1.0,0.9,0.7,0.5,0.3,0.1)'
 CASCADE = '(0.459,0.459,0.459,0.367,0.275,0.184)'  # SpAtten's schedule, whose first half is whole, scaled to TRAINED_AT
 
 
@@ -66,6 +62,9 @@ class Method(NamedTuple):
 
 METHODS = {
   'dense_more': Method('dense, trained on', 'dense'),
+  'dense_states': Method(
+    'dense, distilled with states from itself', 'dense+states', (f'stages[0].epochs={LONG}',)
+  ),
   'ltp': Method('LTP', 'ltp', BUDGET, 'serve'),
   'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5')),
   'sttabt_pooled': Method(
@@ -93,40 +92,43 @@ METHODS = {
   'spatten': Method(
     'cascade of tokens and heads (SpAtten)', 'spatten', (f'reducer.reducers[0].shares={CASCADE}',)
   ),
-  'exits': Method('exits, linear', 'exits', ('stages[0].epochs=1',), 'serve'),
-  'fastbert': Method('FastBERT, brief exits', 'exits', (ATTENTION, 'stages[0].epochs=1'), 'serve'),
+  'exits': Method('exits, linear', 'exits', ('reducer.head=linear', 'stages[0].epochs=1'), 'serve'),
+  'fastbert': Method('FastBERT, brief exits', 'exits', ('stages[0].epochs=1',), 'serve'),
   'fastbert_long': Method(
     f'FastBERT, {LONG} epochs of exits',
     'exits',
-    (ATTENTION, f'stages[0].epochs={LONG}'),
+    (f'stages[0].epochs={LONG}',),
     'serve',
   ),
   'topk_light': Method(
-    'top-k, half as strong, distilled with states',
-    'topk+states',
-    (f'reducer.shares={LIGHT}', f'stages[0].epochs={LONG}'),
+    'light top-k, distilled with states', 'topk_light+states', (f'stages[0].epochs={LONG}',)
   ),
   'topk_exits': Method(
-    f'top-k, half as strong, then FastBERT, {LONG} epochs of exits',
+    f'light top-k, then FastBERT, {LONG} epochs of exits',
     'exits',
-    ('reducer.reducers[1].head=attention', f'stages[0].epochs={LONG}'),
+    (f'stages[0].epochs={LONG}',),
     'serve',
     after='topk_light',
   ),
-  'pyramid': Method('Magic Pyramid', 'pyramid', (*HALF_PRUNED, 'stages[2].epochs=2'), 'serve'),
+  'pyramid': Method(
+    'Magic Pyramid, linear exits',
+    'pyramid',
+    (*HALF_PRUNED, 'reducer.reducers[1].head=linear', 'stages[2].epochs=2'),
+    'serve',
+  ),
   'pyramid_fastbert': Method(
-    "Magic Pyramid, FastBERT's exits", 'pyramid', (*WITH_FASTBERT, 'stages[2].epochs=2'), 'serve'
+    "Magic Pyramid, FastBERT's exits", 'pyramid', (*HALF_PRUNED, 'stages[2].epochs=2'), 'serve'
   ),
   'pyramid_states': Method(
     'Magic Pyramid, distilled with states, brief exits',
     'pyramid+states',
-    (*WITH_FASTBERT, f'stages[1].epochs={LONG}', 'stages[2].epochs=2'),
+    (*HALF_PRUNED, f'stages[1].epochs={LONG}', 'stages[2].epochs=2'),
     'serve',
   ),
   'pyramid_long': Method(
     f'Magic Pyramid, distilled with states, {LONG} epochs of exits',
     'pyramid+states',
-    (*WITH_FASTBERT, f'stages[1].epochs={LONG}', f'stages[2].epochs={LONG}'),
+    (*HALF_PRUNED, f'stages[1].epochs={LONG}', f'stages[2].epochs={LONG}'),
     'serve',
   ),
   'student': Method('student, half of the layers', 'student+states', (f'stages[0].epochs={LONG}',)),
@@ -225,12 +227,14 @@ PLANS = {
       'pyramid_states',
       'pyramid_long',
       'pyramid',
+      'topk_light',
+      'topk_exits',
     ),
     (),
     (0.4, 0.25, 0.6, 0.15, 0.8, 0.5, 0.3),
     few={
       'ag_mpnet': ('fastbert', 'pyramid_states'),
-      'sst2': ('fastbert', 'fastbert_long', 'topk_light', 'topk_exits'),
+      'sst2': ('fastbert', 'fastbert_long', 'dense_states', 'topk_light', 'topk_exits'),
     },
     lengths=True,
   ),

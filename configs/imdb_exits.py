@@ -15,7 +15,7 @@ from tokenprune_jax.errors import UserError
 
 EXITS = {
   'name': 'early_exit',
-  'head': 'linear',
+  'head': 'attention',  # FastBERT's: linear exits are seldom sure
   'criterion': 'entropy',
   'threshold': 0.3,
   'temperatures': (),

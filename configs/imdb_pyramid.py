@@ -4,8 +4,8 @@
 
 Dense fine-tune; thresholds learned with soft masks; the model trained on under hard ones; then exits on its frozen states,
 each to agree with its last classifier. `target_macs` is what pruning alone is to cost; `reducers[1].threshold` what exits
-take off it. Variants and weights after a colon: `:linear` (default) or `:fastbert` (exits with a self-attention each), and
-`:linear,mpnet-base`.
+take off it. Variants and weights after a colon: `:fastbert` (default: exits with a self-attention each) or `:linear`, and
+`:fastbert,mpnet-base`.
 """
 
 import ml_collections
@@ -14,10 +14,10 @@ from configs import imdb_exits, imdb_ltp
 from tokenprune_jax import pretrained, settings
 from tokenprune_jax.errors import UserError
 
-HEADS = {'linear': 'linear', 'fastbert': 'attention'}
+HEADS = {'fastbert': 'attention', 'linear': 'linear'}
 
 
-def get_config(argument: str = 'linear') -> ml_collections.ConfigDict:
+def get_config(argument: str = 'fastbert') -> ml_collections.ConfigDict:
   """The config of 'variant' or 'variant,weights'."""
   variant, _, weights = argument.partition(',')
   if variant not in HEADS:

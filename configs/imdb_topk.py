@@ -2,10 +2,11 @@
 
     python main.py --config=configs/imdb_topk.py --workdir=runs/imdb_topk
 
-Variants and weights after a colon: `:half` (default, about half of dense's multiply-adds), `:third`, `:cascade` (SpAtten's
-schedule and score), `:spatten` (that with its cascade of heads, which are masked and counted, not removed), `:manual` (the
-schedule that STTABT is compared with), and `:half,mpnet-base`. `reducer.score` is one of received, cls, cumulative and
-random. Counts are fixed, so tokens leave in training too (executor compact).
+Variants and weights after a colon: `:half` (default, about half of dense's multiply-adds), `:third`, `:light` (about 0.6, for
+exits to go on from: configs/prune.py), `:cascade` (SpAtten's schedule and score), `:spatten` (that with its cascade of heads,
+which are masked and counted, not removed), `:manual` (the schedule that STTABT is compared with), and `:half,mpnet-base`.
+`reducer.score` is one of received, cls, cumulative and random. Counts are fixed, so tokens leave in training too (executor
+compact).
 """
 
 import ml_collections
@@ -14,7 +15,8 @@ from configs import imdb_fuzzy
 from tokenprune_jax import pretrained, schedule
 from tokenprune_jax.errors import UserError
 
-ENDS = {'half': (0.95, 0.05), 'third': (0.65, 0.02)}  # shares left after the first and the last layer
+# Shares left after the first layer (1 at most) and the last.
+ENDS = {'light': (1.1, 0.1), 'half': (0.95, 0.05), 'third': (0.65, 0.02)}
 SCHEDULES = {'cascade': schedule.cascade, 'spatten': schedule.cascade, 'manual': schedule.manual}
 KEEP = 0.4  # of all: at the end of a cascade, on average of the manual schedule
 HEADS = 0.75  # at the end of the cascade of heads
@@ -31,7 +33,7 @@ def get_config(argument: str = 'half') -> ml_collections.ConfigDict:
   score = 'cumulative' if variant in ('cascade', 'spatten') else 'received'
   if variant in ENDS:
     first, last = ENDS[variant]
-    shares = [first + (last - first) * l / max(depth - 1, 1) for l in range(depth)]
+    shares = [min(first + (last - first) * l / max(depth - 1, 1), 1.0) for l in range(depth)]
   else:
     shares = SCHEDULES[variant](KEEP, depth)
   shares = tuple(round(share, 3) for share in shares)

@@ -4,18 +4,20 @@
 
 After the colon: a method (dense: trained on as long as most of them; pf, c_late, c_early, pfc_late, pfc_early, ltp, power,
 sttabt, abt: back-tracking without thresholds, approx: their ApproxNet alone, oracle: abt by the true attention, topk,
-cascade, spatten, manual, exits, pyramid, student, student_third; of a dense tagger also tokee, sentee), the workdir of a
-finished dense run and, where there is one, that of a run which the method's first stage need not repeat: for sttabt and abt
-one of approx, for tokee one of sentee.
+topk_light, cascade, spatten, manual, exits, pyramid, student, student_third; of a dense tagger also tokee, sentee), the
+workdir of a finished dense run and, where there is one, that of a run which the method's first stage need not repeat: for
+sttabt and abt one of approx, for tokee one of sentee.
 approx itself goes on from a given one, of other texts or of the pretrained encoder (`imdb_sttabt.py:approx`). A method's
 recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
-exits of a run that prunes are trained on what it leaves, and chained with its method as it is: `exits,runs/ltp`.
+exits of a run that prunes are trained on what it leaves, and chained with its method as it is: `exits,runs/topk_light`.
 `topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from labels alone;
-`topk+states` also from what the dense run's head reads.
+`topk+states` also from what the dense run's head reads, which takes longer: the last stage that does has 5 epochs.
 """
 
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
@@ -47,17 +49,19 @@ RECIPES = {
   'approx': (imdb_sttabt, 'approx'),
   'oracle': (imdb_sttabt, 'oracle'),
   'topk': (imdb_topk, 'third'),
+  'topk_light': (imdb_topk, 'light'),
   'cascade': (imdb_topk, 'cascade'),
   'spatten': (imdb_topk, 'spatten'),
   'manual': (imdb_topk, 'manual'),
   'exits': (imdb_exits, 'exits'),
-  'pyramid': (imdb_pyramid, 'linear'),
+  'pyramid': (imdb_pyramid, 'fastbert'),
   'student': (imdb_student, 'half'),
   'student_third': (imdb_student, 'third'),
   'tokee': (conll_tokee, 'tokee,ner'),
   'sentee': (conll_tokee, 'sentee,ner'),
 }
 TAUGHT = {'distil': 'distil', 'states': 'distil_states'}  # after a plus: the objective
+STATES_EPOCHS = 5  # what a head reads goes on telling more when labels are known
 KEPT = ('seed', 'task', 'data')  # of the dense run
 
 
@@ -82,11 +86,15 @@ def moved(stage: dict, dense: str, other: str) -> dict:
   return {**stage, **first}
 
 
-def taught(stage: dict, dense: str, objective: str) -> dict:
-  """A stage that learns from the dense run in that way where it learned from labels alone, or from answers."""
-  if stage['objective'] not in ('default', 'distil'):
-    return stage
-  return {**stage, 'objective': objective, 'teacher': dense}
+def taught(stages: Sequence[Any], dense: str, objective: str) -> tuple[dict, ...]:
+  """Stages that learn from the dense run in that way where they learned from labels alone, or from answers."""
+  found = [dict(stage) for stage in stages]
+  changed = [stage for stage in found if stage['objective'] in ('default', 'distil')]
+  for stage in changed:
+    stage |= {'objective': objective, 'teacher': dense}
+  if changed and objective == TAUGHT['states']:
+    changed[-1]['epochs'] = STATES_EPOCHS
+  return tuple(found)
 
 
 def methods_of(folder: str) -> tuple[dict, ...]:
@@ -130,5 +138,5 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     if config.reducer.get('name') == 'power':  # ranks are those of the dense run's texts
       config.reducer.slots = config.data.max_length
     if plus:
-      config.stages = tuple(taught(dict(stage), dense, TAUGHT[teaching]) for stage in config.stages)
+      config.stages = taught(config.stages, dense, TAUGHT[teaching])
   return config

@@ -77,7 +77,7 @@ def test_exits_are_trained_behind_a_run_that_prunes(pruned, tmp_path):
   folder, result = pruned
   config = given('exits', folder)
   assert config['stages'][0]['init'] == str(folder)
-  config['reducer']['reducers'][1]['threshold'] = 0.0  # nobody leaves: what is counted is pruning and exits
+  config['reducer']['reducers'][1].update(head='linear', threshold=0.0)  # cheap, and nobody leaves
   found = train.run(config, tmp_path)
   before, after = (export.load_exported(place / 'model') for place in (folder, tmp_path))
   pruning, exits = after.reducer_spec['reducers']
@@ -206,6 +206,8 @@ def test_any_method_may_learn_from_the_dense_runs_answers(runs):
   assert soft['objective'] == hard['objective'] == 'distil'
   checked(config)
   assert {stage['objective'] for stage in given('topk+states', dense)['stages']} == {'distil_states'}
+  stages = prune.get_config(f'ltp+states,{dense}').stages
+  assert [stage['epochs'] for stage in stages] == [1, 5]  # thresholds, then what is left learns for longer
   with pytest.raises(UserError, match='no ltp\\+dist; after the plus is one of distil, states'):
     given('ltp+dist', dense)
 

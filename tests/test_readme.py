@@ -59,9 +59,10 @@ def test_commands_name_files_and_variants_that_exist(tmp_path, monkeypatch):
     r'\]\(((?:docs|results)/[^)#]+)\)', text
   ):
     assert (root / path).exists(), path
-  dense = tmp_path / 'runs' / 'dense'  # that configs/prune.py reads
-  dense.mkdir(parents=True)
-  (dense / 'config.json').write_text(json.dumps(settings.defaults()), encoding='utf-8')
+  for name in ('dense', 'ltp'):  # that configs/prune.py reads
+    run = tmp_path / 'runs' / name
+    run.mkdir(parents=True)
+    (run / 'config.json').write_text(json.dumps(settings.defaults()), encoding='utf-8')
   monkeypatch.chdir(tmp_path)
   for config, variant in re.findall(r'--config=configs/(\w+)\.py:([\w,/+-]+)', text):
     importlib.import_module(f'configs.{config}').get_config(variant)
