@@ -100,6 +100,13 @@ METHODS = {
     (f'stages[0].epochs={LONG}',),
     'serve',
   ),
+  'fastbert_states': Method(
+    f'FastBERT on dense distilled from itself, {LONG} epochs of exits',
+    'exits',
+    (f'stages[0].epochs={LONG}',),
+    'serve',
+    after='dense_states',
+  ),
   'topk_light': Method(
     'light top-k, distilled with states', 'topk_light+states', (f'stages[0].epochs={LONG}',)
   ),
@@ -234,7 +241,7 @@ PLANS = {
     (0.4, 0.25, 0.6, 0.15, 0.8, 0.5, 0.3),
     few={
       'ag_mpnet': ('fastbert', 'pyramid_states'),
-      'sst2': ('fastbert', 'fastbert_long', 'dense_states', 'topk_light', 'topk_exits'),
+      'sst2': ('fastbert', 'fastbert_long', 'dense_states', 'fastbert_states', 'topk_light', 'topk_exits'),
     },
     lengths=True,
   ),
