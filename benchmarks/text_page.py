@@ -257,7 +257,8 @@ def page(document: Mapping[str, Any], plan: Plan, name: str) -> str:
     'the cost, of a model twice as deep and twice as wide. *Distilled with states*, as '
     'students are: the last '
     f"stage of the encoder has {LONG} epochs, where the methods' own recipes have 1 or 2; so distilled Magic Pyramid has "
-    "FastBERT's exits. *Brief exits*, and those of rows without a word on it, were trained for 1 epoch, in Magic Pyramid for "
+    "FastBERT's exits. *Self-distilled*: the dense run learned so from itself. *Light* top-k takes about 0.62 of the "
+    'multiply-adds. *Brief exits*, and those of rows without a word on it, were trained for 1 epoch, in Magic Pyramid for '
     '2, on MPNet-base for 3.\n'
   ]
   for dataset in plan.seeds:

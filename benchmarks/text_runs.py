@@ -62,9 +62,7 @@ class Method(NamedTuple):
 
 METHODS = {
   'dense_more': Method('dense, trained on', 'dense'),
-  'dense_states': Method(
-    'dense, distilled with states from itself', 'dense+states', (f'stages[0].epochs={LONG}',)
-  ),
+  'dense_states': Method('dense, self-distilled', 'dense+states', (f'stages[0].epochs={LONG}',)),
   'ltp': Method('LTP', 'ltp', BUDGET, 'serve'),
   'sttabt': Method('STTABT, Concrete', 'sttabt', (*BUDGET, 'reducer.theta=-0.5')),
   'sttabt_pooled': Method(
@@ -101,17 +99,15 @@ METHODS = {
     'serve',
   ),
   'fastbert_states': Method(
-    f'FastBERT on dense distilled from itself, {LONG} epochs of exits',
+    f'self-distilled, then FastBERT, {LONG} epochs',
     'exits',
     (f'stages[0].epochs={LONG}',),
     'serve',
     after='dense_states',
   ),
-  'topk_light': Method(
-    'light top-k, distilled with states', 'topk_light+states', (f'stages[0].epochs={LONG}',)
-  ),
+  'topk_light': Method('light top-k, with states', 'topk_light+states', (f'stages[0].epochs={LONG}',)),
   'topk_exits': Method(
-    f'light top-k, then FastBERT, {LONG} epochs of exits',
+    f'light top-k, then FastBERT, {LONG} epochs',
     'exits',
     (f'stages[0].epochs={LONG}',),
     'serve',
