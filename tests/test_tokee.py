@@ -93,6 +93,14 @@ def test_official_exits_of_words(window, keep_norm, copied, padding):
     np.testing.assert_allclose(found[layer], executed[layer], atol=1e-4)
 
 
+def test_the_upper_half_has_a_threshold_of_its_own():
+  every, above = tuple(range(1, DEPTH)), tuple(range(DEPTH // 2 + 1, DEPTH))
+  _, layers, _ = answers(Method(layers=every, threshold=1e-6, upper=2e6, window=1))
+  assert set(layers.tolist()) == {DEPTH // 2}  # the first of the upper half, counted from 0
+  _, layers, _ = answers(Method(layers=above, threshold=1.1, upper=0.0, window=1))
+  assert set(layers.tolist()) == {DEPTH - 1}
+
+
 @pytest.mark.parametrize(
   ('criterion', 'pool', 'delta'),
   [('entropy', 'max', 0.3), ('entropy', 'max', 0.6), ('entropy', 'max', 0.8), ('max_p', 'max', 0.5),

@@ -286,8 +286,9 @@ class Method(Reducer):
   def start(self, tokens: Tokens, inputs: Inputs, train: bool) -> tuple[Tokens, Memory]:
     b, n = inputs.ids.shape[0], tokens.length
     exits, given = len(self.layers), inputs.controls
-    doubled = self.criterion == 'entropy'
-    factors = jnp.asarray([self.upper if doubled and l > inputs.depth // 2 else 1.0 for l in self.layers])
+    upper = self.upper if self.criterion == 'entropy' else 1.0
+    every = word_exit.thresholds(1.0, inputs.depth, math.inf, upper)
+    factors = jnp.asarray([every[l - 1] for l in self.layers])
     delta = given.get('exit_threshold', jnp.full(b, self.threshold))
     assert inputs.words is not None  # `needs_words` asks for them
     word = jnp.where(inputs.mask, inputs.words, -1)
