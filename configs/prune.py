@@ -34,6 +34,7 @@ from configs import (
 )
 from tokenprune_jax import pretrained
 from tokenprune_jax.errors import UserError
+from tokenprune_jax.models import make_reducer
 
 RECIPES = {
   'dense': (imdb_fuzzy, 'dense'),
@@ -106,10 +107,12 @@ def methods_of(folder: str) -> tuple[dict, ...]:
 
 
 def chained(config: ml_collections.ConfigDict, before: tuple[dict, ...]) -> None:
-  """Exits behind the methods of a run that prunes: they alone are trained."""
+  """Exits behind the methods of a run that prunes and behind layers that these run: they alone are trained."""
   exits, place = config.reducer.to_dict(), f'reducers_{len(before)}'
   if any(member['name'] == exits['name'] for member in before):
     raise UserError('the run has exits already; name the run without them that it was made from')
+  run = make_reducer({'name': 'chain', 'reducers': before}).blocks(len(exits['layers']) + 1)
+  exits['layers'] = tuple(layer for layer in run if layer < max(run))
   config.reducer = {'name': 'chain', 'reducers': (*before, exits)}
   config.stages = tuple({**stage, 'train': f'reducer/{place}/.*'} for stage in config.stages)
 

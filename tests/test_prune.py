@@ -14,7 +14,7 @@ from tokenprune_jax.models import make_reducer
 
 sys.path.insert(0, '.')  # configs is no part of the installed package
 
-from configs import prune
+from configs import imdb_exits, prune
 
 WEIGHTS = 'random:bert:layers=4,width=32,heads=2,hidden=64,vocab=256'
 APPROX = {'name': 'sttabt', 'factor': 4}
@@ -94,6 +94,12 @@ def test_exits_are_trained_behind_a_run_that_prunes(pruned, tmp_path):
   assert found['metrics']['accuracy'] == result['metrics']['accuracy']
   with pytest.raises(UserError, match='has exits already'):
     given('exits', tmp_path)
+
+
+def test_exits_stand_behind_layers_that_run():
+  config = imdb_exits.get_config(f'exits,{WEIGHTS}')
+  prune.chained(config.unlock(), ({'name': 'student', 'layers': (1, 3, 4)},))
+  assert config.reducer.reducers[1]['layers'] == (1, 3)
 
 
 def test_the_oracle_begins_as_a_copy_of_the_encoder_that_it_then_keeps(runs):
