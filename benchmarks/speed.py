@@ -18,7 +18,7 @@ import importlib.util
 import itertools
 import pathlib
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 # So that this file can be run by its path.
@@ -273,6 +273,18 @@ def break_even(rows: Sequence[dict[str, Any]]) -> str:
 def words(text: str) -> list[str]:
   """A comma-separated list."""
   return text.split(',')
+
+
+def among(known: Sequence[str]) -> Callable[[str], list[str]]:
+  """A comma-separated list of these, as argparse's `type`, which tells of any other."""
+
+  def read(text):
+    found = words(text)
+    if unknown := [name for name in found if name not in known]:
+      raise argparse.ArgumentTypeError(f'{unknown[0]!r} is not there; choose from {", ".join(known)}')
+    return found
+
+  return read
 
 
 def numbers(text: str) -> list[int]:

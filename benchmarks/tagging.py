@@ -338,14 +338,6 @@ def answers(server: serve.Server, requests: Sequence[Any], controls: Mapping[str
   return list(server.map(requests, controls))
 
 
-def curves(text: str) -> tuple[str, ...]:
-  """The names of curves, separated by commas."""
-  found = tuple(speed.words(text))
-  if wrong := [name for name in found if name not in TIMED]:
-    raise argparse.ArgumentTypeError(f'{wrong[0]!r} is none; choose from {", ".join(TIMED)}')
-  return found
-
-
 def main() -> None:
   """Runs and points that are missing, in order; or times."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -356,9 +348,12 @@ def main() -> None:
   parser.add_argument('--times', action='store_true', help='measure throughput')
   parser.add_argument('--budgets', type=text_times.numbers, default=(0.5, 0.33, 0.25), help='that are timed')
   parser.add_argument(
-    '--executors', type=text_times.executors, default=text_times.EXECUTORS, help='that are timed'
+    '--executors',
+    type=speed.among(text_times.EXECUTORS),
+    default=text_times.EXECUTORS,
+    help='that are timed',
   )
-  parser.add_argument('--curves', type=curves, default=TIMED, help='that are timed')
+  parser.add_argument('--curves', type=speed.among(TIMED), default=TIMED, help='that are timed')
   parser.add_argument('--documents', type=int, default=2048, help='that are timed')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--allow_load', action='store_true', help='measure although other programs run')

@@ -137,16 +137,6 @@ def numbers(text: str) -> Sequence[float]:
   return tuple(float(part) for part in text.split(',') if part)
 
 
-def executors(text: str) -> Sequence[str]:
-  """compact,serve -> those of EXECUTORS. Raises argparse.ArgumentTypeError for any other."""
-  found = speed.words(text)
-  if unknown := [name for name in found if name not in EXECUTORS]:
-    raise argparse.ArgumentTypeError(
-      f'{unknown[0]!r} cannot be timed here; there is {" and ".join(EXECUTORS)}'
-    )
-  return found
-
-
 def main() -> None:
   """Times of the models that there are."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,7 +146,7 @@ def main() -> None:
   )
   parser.add_argument('--methods', type=speed.words, default=[], help='all where none is named')
   parser.add_argument('--budgets', type=numbers, default=(), help='beside the models as trained')
-  parser.add_argument('--executors', type=executors, default=EXECUTORS, help='that are timed')
+  parser.add_argument('--executors', type=speed.among(EXECUTORS), default=EXECUTORS, help='that are timed')
   parser.add_argument('--seed', type=int, default=0, help='whose runs are timed')
   parser.add_argument('--documents', type=int, default=256)
   parser.add_argument('--repeats', type=int, default=5)

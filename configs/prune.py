@@ -32,7 +32,7 @@ from configs import (
   imdb_student,
   imdb_topk,
 )
-from tokenprune_jax import pretrained
+from tokenprune_jax import export
 from tokenprune_jax.errors import UserError
 from tokenprune_jax.models import make_reducer
 
@@ -101,7 +101,7 @@ def taught(stages: Sequence[Any], dense: str, objective: str) -> tuple[dict, ...
 def methods_of(folder: str) -> tuple[dict, ...]:
   """The methods that a finished run left, in their order, set as they are; of a dense one none."""
   model = pathlib.Path(folder) / 'model'
-  spec = pretrained.load_exported(model).reducer_spec if model.is_dir() else {'name': 'none'}
+  spec = export.load_reducer_spec(model) if model.is_dir() else {'name': 'none'}
   members = spec.get('reducers', (spec,) if spec['name'] != 'none' else ())
   return tuple({**member, **({'target_macs': 0.0} if 'target_macs' in member else {})} for member in members)
 

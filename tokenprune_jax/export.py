@@ -162,10 +162,19 @@ def load_exported(folder: str | Path) -> Exported:
     labels=tuple(settings['labels']),
     readout=settings['readout'],
     head=settings['head'],
-    reducer_spec={key: tuples(value) for key, value in settings['reducer'].items()},
+    reducer_spec=_reducer_spec(settings),
     max_length=settings['max_length'],
     constrained=settings.get('constrained', False) is True,
   )
+
+
+def load_reducer_spec(folder: str | Path) -> dict[str, Any]:
+  """The method of what `export` wrote, without its weights. Raises UserError naming the file at fault."""
+  return _reducer_spec(_read_settings(Path(folder) / SETTINGS))
+
+
+def _reducer_spec(settings: dict[str, Any]) -> dict[str, Any]:
+  return {key: tuples(value) for key, value in settings['reducer'].items()}
 
 
 def _read_own_weights(file: Path) -> dict[str, Any]:

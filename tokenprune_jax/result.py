@@ -112,6 +112,8 @@ def time_beside_dense(session: Session, model: Classifier, params: Any) -> dict[
   if model != models['dense'][0]:
     models['model'] = (model, params)
   served = ('model',) if session.config['model']['executor'] == 'serve' else ()
+  if served:  # of a method that decides in most layers for minutes
+    writer.say('timing: compiling what `serve` needs; --config.eval.timing=False leaves it out')
   return timing.beside_dense(models, some, served=served)
 
 
