@@ -178,6 +178,8 @@ def test_distillation_stages_and_the_plan_that_comes_of_it(tmp_path):
   outcome = train.run(wanted, tmp_path)
   rows = [row for row in lines(tmp_path, 'train') if row['stage'] == 'approx']
   assert rows[-1]['states_loss'] < rows[0]['states_loss']
+  parts = rows[0]['states_loss'] + rows[0]['answers_loss']
+  assert rows[0]['loss'] == pytest.approx(parts, rel=1e-5) and rows[0]['answers_loss'] > 1e-4 * parts
   assert outcome['stages']['approx']['best_step'] == outcome['stages']['approx']['step']
   assert len(outcome['stages']['hard']['fields']['sttabt']['capacities']) == 2
   assert 0 < outcome['keep_ratio'] < 1
