@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from tokenprune_jax import compile_cache
+
 CODE = """
 import jax, jax.numpy as jnp
 from tokenprune_jax import compile_cache
@@ -32,3 +34,23 @@ def test_on_after_the_first_program(tmp_path):
 def test_the_callers_choice_stays(tmp_path):
   assert folder_used(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'theirs')) == str(tmp_path / 'theirs')
   assert not (tmp_path / 'ours').exists()
+
+
+def test_programs_that_were_not_read_for_longest_leave_a_full_cache(tmp_path):
+  for age, name in enumerate('abcd'):
+    (tmp_path / name).write_bytes(bytes(100))
+    os.utime(tmp_path / name, (1000 - age, 1000))
+  compile_cache.sweep(tmp_path, 300)
+  assert sorted(file.name for file in tmp_path.iterdir()) == ['a', 'b', 'c']
+  compile_cache.sweep(tmp_path, 300)
+  assert len(list(tmp_path.iterdir())) == 3
+  compile_cache.sweep(tmp_path / 'none', 300)
+
+
+def test_a_full_cache_is_swept_when_it_is_turned_on(tmp_path):
+  (tmp_path / 'ours' / 'xla').mkdir(parents=True)
+  old = tmp_path / 'ours' / 'xla' / 'old'
+  with open(old, 'wb') as file:
+    file.truncate(compile_cache.LARGEST + 1)  # takes no place
+  folder_used(tmp_path)
+  assert not old.exists()

@@ -65,6 +65,19 @@ def test_serve_equals_mask(name):  # MPNet, whose bias follows each token to its
   for answer, expected, n in zip(answers, masked.logits, LENGTHS):
     close(answer.logits, expected[:n] if model.readout == 'tokens' else expected)
   np.testing.assert_allclose([answer.macs for answer in answers], masked.macs, rtol=1e-5)
+  assert apart(masked.trace) == set(model.reducer.separates())  # anything more would be programs for nothing
+
+
+def apart(trace):
+  """What `Reducer.separates` is about, from what was computed."""
+  found = {'keys': trace.widest < trace.queries, 'rows': trace.queries < trace.widest}
+  return {name for name, differs in found.items() if differs.any()}
+
+
+@pytest.mark.parametrize(('leavers', 'differs'), [('frozen', {'rows'}), ('unseen', {'keys'})])
+def test_tokens_that_leave_in_part_are_told_apart(leavers, differs):
+  model, params = model_and_params(settings('topk', 'TINY') | {'leavers': leavers})
+  assert apart(apply(model, params, BATCH).trace) == set(model.reducer.separates()) == differs
 
 
 def test_the_state_of_a_token_that_is_gone_changes_nothing_bit_for_bit(name):

@@ -137,6 +137,14 @@ def test_segments_with_equal_code_share_one_program():
   assert len(programs.by_code) == 3  # the two in the middle are one
 
 
+def test_layers_of_a_plan_share_one_program():
+  model, params = model_and_params({'name': 'sttabt', 'mode': 'hard', 'factor': 4}, readout='cls')
+  programs = segments.Programs(model, params, 16, ())
+  for index in range(1, 4):  # each a layer; the first segment plans
+    programs.program(index, segments.Bucket(2, 8, updated=2))
+  assert len(programs.segments) == 5 and len(programs.by_code) == 1
+
+
 def test_rows_that_exit_make_room_and_order_is_kept(pyramid):
   server, model, params = pyramid
   batch = ragged_batch(np.random.default_rng(1).integers(1, 17, 60), 16)

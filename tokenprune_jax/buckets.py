@@ -14,9 +14,10 @@ from tokenprune_jax.segments import Bucket, Programs, Report
 
 
 def lengths_of(model: Classifier) -> tuple[int, ...]:
-  """The lengths of a model's ladder by default: fewer where shapes are many, since words are told apart or kept by place."""
-  kept = model.readout == 'tokens' and model.reducer.shortens() and model.reducer.decides(model.config.depth)
-  return COARSE if kept or model.reducer.needs_words() else LENGTHS
+  """The lengths of a model's ladder by default: fewer where shapes are many, as of what is told apart or kept by place."""
+  reducer = model.reducer
+  kept = model.readout == 'tokens' and reducer.shortens() and reducer.decides(model.config.depth)
+  return COARSE if kept or reducer.needs_words() or reducer.separates() else LENGTHS
 
 
 class Place(NamedTuple):

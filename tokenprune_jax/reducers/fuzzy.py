@@ -116,7 +116,7 @@ class Method(Reducer):
     return () if fixed else tuple(Half(l, True) for l in range(1, depth))
 
   def separates(self) -> tuple[str, ...]:
-    return ('keys', 'rows')
+    return ('keys',)
 
   def reads(self, layer: int) -> tuple[str, ...]:
     if self.ratio == 1:

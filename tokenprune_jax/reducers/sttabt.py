@@ -115,6 +115,11 @@ def gated(
   return jnp.where(position < 0, mask, planned * (mask > 0))
 
 
+def coming(plan: Float[Array, 'b l n']) -> Float[Array, 'b l n']:
+  """The plan without its first entry, the last one twice: layers find theirs in one place, and share compiled programs."""
+  return jnp.concatenate([plan[:, 1:], plan[:, -1:]], axis=1)
+
+
 def walk_macs(config: EncoderConfig, topk: bool, rows: Num[Any, 'b L'], real: Num[Any, 'b']) -> Num[Any, 'b']:
   """Multiply-adds of the walk: of so many rows of each ApproxNet layer the scores again, and their weighted sums.
 
@@ -199,7 +204,7 @@ class Method(Reducer):
     return self.soft_form if self.mode == 'soft' else ''
 
   def separates(self) -> tuple[str, ...]:
-    return () if self.mode == 'distil' else ('keys', 'rows')
+    return () if self.mode == 'distil' else ('rows',)
 
   def decides(self, depth: int) -> tuple[Half, ...]:
     return () if self.mode == 'distil' else tuple(Half(l, False) for l in range(depth))
@@ -248,8 +253,8 @@ class Method(Reducer):
       memory['loss'] = self.theta_weight * moved + self.mask_weight * share
     if theta is not None and not (train and self.mode == 'soft'):
       plan = (plan >= 0.5).astype(plan.dtype)
-    memory['plan'] = jnp.pad(plan, ((0, 0), (0, 0), (0, tokens.length - plan.shape[2])))
-    return self.followed(tokens, memory['plan'], 0, depth), memory
+    plan = jnp.pad(plan, ((0, 0), (0, 0), (0, tokens.length - plan.shape[2])))
+    return self.followed(tokens, plan, 0), {**memory, 'plan': coming(plan)}
 
   def compared(self, states: Float[Array, 'b n d'], inputs: Inputs, valid: Float[Array, 'b n']) -> Memory:
     """distil: what the big encoder's layers are compared with, and the loss of what it begins with."""
@@ -284,17 +289,21 @@ class Method(Reducer):
     walked = jnp.broadcast_to(real[:, None].astype(jnp.float32), (len(real), config.depth))
     return plan, walked.at[:, -1].set(1)
 
-  def followed(self, tokens: Tokens, plan: Float[Array, 'b l n'], layer: int, depth: int) -> Tokens:
-    """The stream behind a layer: what the next one takes in is seen, what the one after that takes in is updated."""
+  def followed(self, tokens: Tokens, plan: Float[Array, 'b l n'], layer: int) -> Tokens:
+    """The stream behind a layer: what the next one takes in is seen, what the one after that takes in is updated.
+
+    plan: its first entry is the next layer's.
+    """
+    depth = plan.shape[1] - 1
     place = jnp.maximum(tokens.position, 0)
     real = (tokens.size > 0) & (tokens.position >= 0)
 
     def of(entry):
-      return jnp.take_along_axis(plan[:, min(entry, depth)], place, axis=1) * real
+      return jnp.take_along_axis(plan[:, entry], place, axis=1) * real
 
     rooms = [self.room(min(entry, depth), depth, tokens) for entry in (layer, layer + 1)]
     return tokens.replace(
-      seen=gated(tokens.seen, of(layer), tokens), updated=gated(tokens.updated, of(layer + 1), tokens),
+      seen=gated(tokens.seen, of(0), tokens), updated=gated(tokens.updated, of(1), tokens),
       score=jnp.take_along_axis(plan.sum(1), place, axis=1) * real,
       # Concrete plans by the text's order: cut by score, MiniLM took 6% longer.
       capacity=Capacity(slots=rooms[0], keys=rooms[0], rows=rooms[1], by_score=self.mode == 'topk'),
@@ -333,7 +342,7 @@ class Method(Reducer):
   def after_block(self, tokens: Tokens, memory: Memory, layer: int, train: bool) -> tuple[Tokens, Memory]:
     if self.mode != 'distil':
       plan = memory['plan']
-      return self.followed(tokens, plan, layer, plan.shape[1] - 1), memory
+      return self.followed(tokens, plan, layer), {**memory, 'plan': coming(plan)}
     if f'hidden_{layer}' not in memory:  # the last layer's output is not compared
       return tokens, memory
     error = state_error(memory[f'hidden_{layer}'], tokens.x, memory['weight'])

@@ -98,7 +98,7 @@ class Method(Reducer):
     return tuple(Half(l, True) for l in falls)
 
   def separates(self) -> tuple[str, ...]:
-    return () if self.leavers == 'gone' else ('keys', 'rows')
+    return {'gone': (), 'frozen': ('rows',), 'unseen': ('keys',)}[self.leavers]
 
   def reads(self, layer: int) -> tuple[str, ...]:
     if self.score == 'random' or (self.share(layer) == 1 and self.score != 'cumulative'):
