@@ -9,7 +9,8 @@ workdir of a finished dense run and, where there is one, that of a run which the
 sttabt and abt one of approx, for tokee one of sentee.
 approx itself goes on from a given one, of other texts or of the pretrained encoder (`imdb_sttabt.py:approx`). A method's
 recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
-exits of a run that prunes are trained on what it leaves, and chained with its method as it is: `exits,runs/topk_light`.
+exits of a run that prunes are trained on what it leaves, and chained with its method as it is: `exits,runs/topk_light`; any
+other method of such a run is refused.
 `topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from labels alone;
 `topk+states` also from what the dense run's head reads, which takes longer: the last stage that does has 5 epochs.
 """
@@ -136,7 +137,12 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.stages = tuple(
       moved(dict(stage), dense, other) for stage in config.stages if stage['name'] not in left_out
     )
-    if method == 'exits' and (before := methods_of(dense)):
+    if before := methods_of(dense):
+      if method != 'exits':
+        raise UserError(
+          f'{dense} is a run of {", ".join(member["name"] for member in before)}, which {method} would leave out: name the '
+          'dense run that it was made from. Only exits can be put behind its method, as in exits,' + dense
+        )
       chained(config, before)
     if config.reducer.get('name') == 'power':  # ranks are those of the dense run's texts
       config.reducer.slots = config.data.max_length
