@@ -9,8 +9,8 @@ workdir of a finished dense run and, where there is one, that of a run which the
 sttabt and abt one of approx, for tokee one of sentee.
 approx itself goes on from a given one, of other texts or of the pretrained encoder (`imdb_sttabt.py:approx`). A method's
 recipe is that of its own config without the fine-tune at the beginning, so that one dense run serves them all.
-exits of a run that prunes are trained on what it leaves, and chained with its method as it is: `exits,runs/topk_light`; any
-other method of such a run is refused.
+exits of a run that prunes are trained on what it leaves, and chained with its method as it is: `exits,runs/topk_light`; a
+method that would leave out the run's own is refused.
 `topk+distil`, and so for each, learns half from the dense run's answers where the recipe learns from labels alone;
 `topk+states` also from what the dense run's head reads, which takes longer: the last stage that does has 5 epochs.
 """
@@ -99,12 +99,23 @@ def taught(stages: Sequence[Any], dense: str, objective: str) -> tuple[dict, ...
   return tuple(found)
 
 
+def members_of(spec: dict) -> tuple[dict, ...]:
+  """The methods of a spec in their order; of a dense one none."""
+  return spec.get('reducers', (spec,) if spec['name'] != 'none' else ())
+
+
+def names_of(members: Sequence[dict]) -> set[str]:
+  """Their names."""
+  return {member['name'] for member in members}
+
+
 def methods_of(folder: str) -> tuple[dict, ...]:
-  """The methods that a finished run left, in their order, set as they are; of a dense one none."""
+  """The methods that a finished run left, set as they are."""
   model = pathlib.Path(folder) / 'model'
   spec = export.load_reducer_spec(model) if model.is_dir() else {'name': 'none'}
-  members = spec.get('reducers', (spec,) if spec['name'] != 'none' else ())
-  return tuple({**member, **({'target_macs': 0.0} if 'target_macs' in member else {})} for member in members)
+  return tuple(
+    {**member, **({'target_macs': 0.0} if 'target_macs' in member else {})} for member in members_of(spec)
+  )
 
 
 def chained(config: ml_collections.ConfigDict, before: tuple[dict, ...]) -> None:
@@ -137,13 +148,13 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.stages = tuple(
       moved(dict(stage), dense, other) for stage in config.stages if stage['name'] not in left_out
     )
-    if before := methods_of(dense):
-      if method != 'exits':
-        raise UserError(
-          f'{dense} is a run of {", ".join(member["name"] for member in before)}, which {method} would leave out: name the '
-          'dense run that it was made from. Only exits can be put behind its method, as in exits,' + dense
-        )
+    if method == 'exits' and (before := methods_of(dense)):
       chained(config, before)
+    if left := names_of(methods_of(dense)) - names_of(members_of(config.reducer.to_dict())):
+      raise UserError(
+        f'{dense} is a run of {", ".join(sorted(left))}, which {method} would leave out: name the dense run that it was made '
+        f'from. Only exits can be put behind its method: exits,{dense}'
+      )
     if config.reducer.get('name') == 'power':  # ranks are those of the dense run's texts
       config.reducer.slots = config.data.max_length
     if plus:

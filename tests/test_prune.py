@@ -94,7 +94,7 @@ def test_exits_are_trained_behind_a_run_that_prunes(pruned, tmp_path):
   assert found['metrics']['accuracy'] == result['metrics']['accuracy']
   with pytest.raises(UserError, match='has exits already'):
     given('exits', tmp_path)
-  with pytest.raises(UserError, match='is a run of sttabt, early_exit, which ltp would leave out'):
+  with pytest.raises(UserError, match='is a run of early_exit, sttabt, which ltp would leave out'):
     given('ltp', tmp_path)
 
 
