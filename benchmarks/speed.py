@@ -72,6 +72,7 @@ def specs(depth: int) -> dict[str, tuple[dict[str, Any], str]]:
     'ltp_compact': ({'name': 'ltp', 'overflow_rate': 0.05}, 'compact'),
     'sttabt': ({'name': 'sttabt', 'mode': 'topk', 'overflow_rate': 0.05}, 'compact'),
     'sttabt_concrete': ({'name': 'sttabt', 'mode': 'hard', 'overflow_rate': 0.05}, 'compact'),
+    'sttabt_served': ({'name': 'sttabt', 'mode': 'hard'}, 'serve'),
     'early_exit': ({'name': 'early_exit', 'layers': tuple(range(1, depth))}, 'serve'),
   }
 

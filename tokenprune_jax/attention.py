@@ -15,8 +15,7 @@ from tokenprune_jax.grouping import largest_divisor, on_one_cpu
 from tokenprune_jax.layers import dropped
 
 LIGHT = {'received', 'first_row', 'magnitude', 'terms'}  # evidence that needs no whole attention map
-CACHED_ENTRIES = 3 * 2**20  # of all attention maps together: what is above goes in passes
-PASS_ENTRIES = 3 * 2**19  # of the attention maps of one such pass
+PASS_ENTRIES = 3 * 2**19  # of the attention maps that are worked on at a time: more leave the cache
 PASS = 128  # queries of one pass beside a fused kernel
 UNSEEN = -1e9  # added to a score whose key is not seen: its exponential is 0 to the bit
 EPSILON = 1e-9  # far below the smallest denominator of a row that sees anything hard, where it is at least 1
@@ -204,7 +203,7 @@ def in_pass(b: int, h: int, entries: int) -> tuple[int, int]:
 
   entries: of one map. A batch that is spread over devices must not be walked through in order.
   """
-  if not on_one_cpu() or b * h * entries <= CACHED_ENTRIES:
+  if not on_one_cpu() or b * h * entries <= PASS_ENTRIES:
     return b, h
   rows = largest_divisor(b, PASS_ENTRIES // (h * entries))
   return (rows, h) if rows else (1, largest_divisor(h, PASS_ENTRIES // entries) or 1)
