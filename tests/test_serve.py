@@ -145,6 +145,20 @@ def test_layers_of_a_plan_share_one_program():
   assert len(programs.segments) == 5 and len(programs.by_code) == 1
 
 
+def test_exits_behind_layers_in_which_all_tokens_are_combined():
+  combined = {'name': 'combine', 'slots': 3, 'layer': 2}
+  exits = {'name': 'early_exit', 'layers': (1, 3), 'threshold': 0.9}
+  model, params = model_and_params({'name': 'chain', 'reducers': (combined, exits)})
+  batch = ragged_batch([14, 9, 5, 2, 1], 14)
+  with serve.Server(model, params, ladder=LADDER) as server:
+    compiled = server.precompile()
+    answers = list(server.map(rows(batch)))
+    assert [server.buckets.left(index, 0) for index in range(3)] == [(4, 8, 16), (0,), (0,)]
+    assert len(server.programs) == compiled
+  expected = apply(model, params, batch)
+  np.testing.assert_allclose([answer.logits for answer in answers], expected.logits, atol=1e-4)
+
+
 def test_rows_that_exit_make_room_and_order_is_kept(pyramid):
   server, model, params = pyramid
   batch = ragged_batch(np.random.default_rng(1).integers(1, 17, 60), 16)

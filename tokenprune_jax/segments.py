@@ -242,7 +242,8 @@ class Programs:
   def result(self, index: int, length: int = 0) -> State:
     """The shapes of a segment's State, of one row in the longest bucket of a length."""
     if (index, length) not in self.states:
-      bucket = Bucket(1, length or self.length, length=length)
+      inputs = index == 0 or self.has_inputs(index - 1)
+      bucket = Bucket(1, (length or self.length) if inputs else 0, length=length)
       given = self.shapes(index, bucket)
       function = self.named(index, bucket, given)
       leaves = [self.leaves[name] for name in self.used[index]]
