@@ -121,7 +121,7 @@ def methods_of(folder: str) -> tuple[dict, ...]:
 def chained(config: ml_collections.ConfigDict, before: tuple[dict, ...]) -> None:
   """Exits behind the methods of a run that prunes and behind layers that these run: they alone are trained."""
   exits, place = config.reducer.to_dict(), f'reducers_{len(before)}'
-  if any(member['name'] == exits['name'] for member in before):
+  if exits['name'] in names_of(before):
     raise UserError('the run has exits already; name the run without them that it was made from')
   run = make_reducer({'name': 'chain', 'reducers': before}).blocks(len(exits['layers']) + 1)
   exits['layers'] = tuple(layer for layer in run if layer < max(run))
@@ -148,9 +148,10 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.stages = tuple(
       moved(dict(stage), dense, other) for stage in config.stages if stage['name'] not in left_out
     )
-    if method == 'exits' and (before := methods_of(dense)):
+    before = methods_of(dense)
+    if method == 'exits' and before:
       chained(config, before)
-    if left := names_of(methods_of(dense)) - names_of(members_of(config.reducer.to_dict())):
+    if left := names_of(before) - names_of(members_of(config.reducer.to_dict())):
       raise UserError(
         f'{dense} is a run of {", ".join(sorted(left))}, which {method} would leave out: name the dense run that it was made '
         f'from. Only exits can be put behind its method: exits,{dense}'

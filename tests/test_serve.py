@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import apply, model_and_params, ragged_batch
-from tokenprune_jax import flops, ladder, request, segments, serve
+from tokenprune_jax import buckets, flops, ladder, request, segments, serve
 from tokenprune_jax.errors import UserError
 
 PYRAMID = {
@@ -336,6 +336,11 @@ def test_a_quarter_holds_the_count():
       share = ladder.quarter(count, total)
       assert (total if share is None else -(-share * total // 4)) >= count
       assert share in (None, 1) or (share - 1) * total / 4 < count
+
+
+def test_the_ladder_is_coarse_where_shapes_are_many():
+  every, apart = (model_and_params({'name': name})[0] for name in ('threshold', 'fuzzy'))
+  assert buckets.lengths_of(every) == ladder.LENGTHS and buckets.lengths_of(apart) == ladder.COARSE
 
 
 def test_a_ladder_ends_with_the_model():
